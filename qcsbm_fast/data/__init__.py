@@ -1,0 +1,49 @@
+"""Data sets by name: `load`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Generator, Tensor
+
+from qcsbm_fast.data import toy
+
+_TOY: dict[str, Callable[[int, Generator], Tensor]] = {
+    "checkerboard": toy.checkerboard,
+    "eight-gaussians": toy.eight_gaussians,
+    "spirals": toy.spirals,
+}
+NAMES = ("digits", *_TOY)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`train (N, *)` and `test (M, *)` samples, float32 on the CPU; `image` tells pictures from points."""
+
+    train: Tensor
+    test: Tensor
+    name: str
+    image: bool
+
+
+def load(name: str, *, points: int = 50_000, seed: int = 0) -> Dataset:
+    """Load the data set `name`, one of `NAMES`.
+
+    "digits": images `(N, 1, 8, 8)` in [0, 1] with a fixed held-out split, whatever `points` and `seed`. The 2-D
+    sets: `points` training points `(points, 2)` drawn from `seed`, and as many fresh ones for the test.
+
+    Raises ValueError for an unknown name or, for a 2-D set, fewer than one point.
+    """
+    if name == "digits":
+        from qcsbm_fast.data.digits import digits
+
+        train, test = digits()
+        return Dataset(train, test, name, image=True)
+    if name not in _TOY:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if points < 1:
+        raise ValueError(f"points: expected at least 1, got {points}")
+    # one generator for both draws: two seeds would give the test set of one run as another's training set
+    generator = Generator().manual_seed(seed)
+    return Dataset(_TOY[name](points, generator), _TOY[name](points, generator), name, image=False)
