@@ -30,8 +30,8 @@ class Dataset:
 def load(name: str, *, points: int = 50_000, seed: int = 0) -> Dataset:
     """Load the data set `name`, one of `NAMES`.
 
-    "digits": images `(N, 1, 8, 8)` in [0, 1] with a fixed held-out split, whatever `points` and `seed`. The 2-D
-    sets: `points` training points `(points, 2)` drawn from `seed`, and as many fresh ones for the test.
+    "digits": images `(N, 1, 8, 8)` in [0, 1] with a fixed held-out split, whatever `points` and `seed`. The
+    2-D sets: `points` training points `(points, 2)` drawn from `seed`, and as many fresh ones for the test.
 
     Raises ValueError for an unknown name or, for a 2-D set, fewer than one point.
     """
