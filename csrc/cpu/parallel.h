@@ -1,0 +1,39 @@
+// Loop helpers of the CPU kernels. Every kernel file is compiled once per instruction set, with QCSBM_ISA naming
+// the namespace; nothing here may have external linkage outside that namespace, or the linker would keep the copy
+// of another instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../math/common.h"
+
+#ifndef QCSBM_ISA
+#define QCSBM_ISA baseline
+#endif
+
+namespace qcsbm::QCSBM_ISA {
+
+// Elements below which waking another thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+// Elements that a task handles at once: what a task reads again stays in the first-level cache.
+constexpr int64_t kBlock = 1024;
+
+constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// Calls f(row, column, count) for every run of consecutive elements [begin, end) that lies in one row.
+template <class F>
+inline void for_runs(int64_t begin, int64_t end, int64_t cols, F&& f) {
+  int64_t row = begin / cols, col = begin % cols;
+  while (begin < end) {
+    const int64_t count = std::min(end - begin, cols - col);
+    f(row, begin, count);
+    begin += count;
+    ++row;
+    col = 0;
+  }
+}
+
+}  // namespace qcsbm::QCSBM_ISA
