@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .registry import accumulate_dtype
+
+# What the compiled CPU kernels take.
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def describe(value: object) -> str:
@@ -16,16 +20,18 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def fail(op: str, argument: str, expected: str, got: object) -> None:
+def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{op}: {argument} expected {expected}, got {describe(got)}")
 
 
 def floating(op: str, argument: str, value: Tensor) -> Tensor:
-    """`value`, contiguous, if it is a floating-point tensor."""
+    """`value`, contiguous, if it is a floating-point tensor of a dtype that its device computes in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument} expected a tensor, got {describe(value)}")
     if not value.is_floating_point():
         fail(op, argument, "a floating-point tensor (convert with .float())", value)
+    if value.device.type == "cpu" and value.dtype not in KERNEL_DTYPES:
+        fail(op, argument, "float32, float64 or bfloat16 on the CPU (convert with .float())", value)
     return value.contiguous()
 
 
@@ -38,7 +44,7 @@ def batched(op: str, argument: str, value: Tensor) -> Tensor:
 
 
 def like(op: str, argument: str, value: Tensor, reference: Tensor, lead: Sequence[int] = ()) -> Tensor:
-    """`value`, contiguous, if it has the shape `(*lead, *reference.shape)`, dtype and device of `reference`."""
+    """`value`, contiguous, if of shape `(*lead, *reference.shape)`, with `reference`'s dtype and device."""
     value = floating(op, argument, value)
     shape = (*lead, *reference.shape)
     if value.shape != shape or value.dtype != reference.dtype or value.device != reference.device:
@@ -47,7 +53,7 @@ def like(op: str, argument: str, value: Tensor, reference: Tensor, lead: Sequenc
 
 
 def per_sample(op: str, argument: str, value: Tensor | float, x: Tensor) -> Tensor:
-    """A coefficient per sample, `(B,)` in the accumulation dtype of `x`; one number stands for all samples."""
+    """A coefficient per sample, `(B,)` in the accumulation dtype of `x`; one number stands for all."""
     dtype = accumulate_dtype(x.dtype)
     if isinstance(value, (int, float)):
         return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
@@ -56,13 +62,11 @@ def per_sample(op: str, argument: str, value: Tensor | float, x: Tensor) -> Tens
     return value.to(dtype).contiguous()
 
 
-def noise_state(op: str, state: Tensor, device: torch.device) -> Tensor:
-    """`state` if it is an int64 `(2,)` tensor on `device`, as `NoiseStream.draw()` returns it."""
-    if (
-        not isinstance(state, Tensor)
-        or state.dtype != torch.int64
-        or state.shape != (2,)
-        or state.device != device
-    ):
-        fail(op, "state", f"int64 (2,) on {device}, as NoiseStream.draw() returns it", state)
-    return state
+def noise_state(op: str, state: Tensor, device: torch.device | None = None) -> Tensor:
+    """`state` if it is an int64 `(2,)` tensor on `device` (None: any), as `NoiseStream.draw()` returns it."""
+    where = "" if device is None else f" on {device}"
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{op}: state expected a tensor, got {describe(state)}")
+    if state.dtype != torch.int64 or state.shape != (2,) or device not in (None, state.device):
+        fail(op, "state", f"int64 (2,){where}, as NoiseStream.draw() returns it", state)
+    return state.contiguous()
