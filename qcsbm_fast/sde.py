@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -250,6 +250,17 @@ class OU(SDE):
         scale = math.expm1(-self.theta / steps)
         noise = self.stationary_std * math.sqrt(-math.expm1(-2.0 * self.theta / steps))
         return torch.full_like(t, scale), torch.full_like(t, noise)
+
+
+class ScoreFunction(Protocol):
+    """A score, and the process it belongs to: what samplers, likelihood and metrics ask of a model."""
+
+    @property
+    def sde(self) -> SDE: ...
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+        """The score `(B, *)` of the law of x_t at `x (B, *)`, `t (B,)`."""
+        ...
 
 
 _BY_NAME: dict[str, type[SDE]] = {"ve": VE, "vp": VP, "sub-vp": SubVP, "ou": OU}

@@ -25,13 +25,15 @@ def z_scores(samples: torch.Tensor, expected: torch.Tensor | float) -> torch.Ten
 
 def test_checkerboard_is_uniform_on_one_colour() -> None:
     x = data.load("checkerboard").train
-    assert x.shape == (N, 2) and x.dtype == torch.float32
+    assert x.shape == (N, 2)
+    assert x.dtype == torch.float32
     column, row = (x / 3.0).floor().long().unbind(1)
-    assert column.min() == -2 and column.max() == 1 and row.min() == -2 and row.max() == 1
+    assert (column.min(), column.max(), row.min(), row.max()) == (-2, 1, -2, 1)
     assert (column.remainder(2) == row.remainder(2)).all()
     counts = torch.bincount((column + 2) * 4 + row + 2, minlength=16)
     chi2 = ((counts[counts > 0] - N / 8) ** 2 / (N / 8)).sum().item()
-    assert (counts > 0).sum() == 8 and chi2 < 40.0  # 7 degrees of freedom: P(chi2 > 40) = 1.3e-6
+    assert (counts > 0).sum() == 8
+    assert chi2 < 40.0  # 7 degrees of freedom: P(chi2 > 40) = 1.3e-6
     inside = (x / 3.0).remainder(1.0).double()
     cells = torch.bincount((inside * 10).long() @ torch.tensor([10, 1]), minlength=100)
     chi2 = ((cells - N / 100) ** 2 / (N / 100)).sum().item()
@@ -85,8 +87,9 @@ def test_digits_are_a_fixed_stratified_split() -> None:
     for label in range(10):
         held_out = (found[1] == label).sum()
         assert abs(held_out - 0.2 * (labels == label).sum()) <= 1
-    assert digits.image and digits.train.dtype == torch.float32
-    assert digits.train.shape == (1437, 1, 8, 8) and digits.test.shape == (360, 1, 8, 8)
+    assert digits.image
+    assert digits.train.dtype == torch.float32
+    assert (digits.train.shape, digits.test.shape) == ((1437, 1, 8, 8), (360, 1, 8, 8))
     torch.testing.assert_close(data.load("digits", seed=7).test, digits.test, rtol=0, atol=0)
 
 
@@ -96,7 +99,8 @@ def test_draws_depend_on_the_seed_alone(name: str) -> None:
     first = data.load(name, points=101, seed=3)
     torch.manual_seed(2)
     again, other = data.load(name, points=101, seed=3), data.load(name, points=101, seed=4)
-    assert torch.equal(first.train, again.train) and torch.equal(first.test, again.test)
+    assert torch.equal(first.train, again.train)
+    assert torch.equal(first.test, again.test)
     drawn = torch.cat((first.train, first.test, other.train, other.test)).abs()
     # all four draws are different points (a spiral's x and -x count once)
     assert len(drawn.unique(dim=0)) == 4 * (51 if name == "spirals" else 101)
