@@ -1,0 +1,1 @@
+"""Samplers: predictor-corrector (`pc`) and the probability-flow ODE (`ode`)."""
