@@ -1,0 +1,1 @@
+"""The trainer: configuration, presets, run folders, checkpoints, and the loop that ties them together."""

@@ -1,0 +1,59 @@
+"""Named settings to start from: one for images, three for the 2-D experiments of the paper."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qcsbm_fast.train.config import (
+    Checkpoint,
+    Config,
+    Data,
+    Evaluation,
+    Model,
+    Noise,
+    Objective,
+    Optim,
+    Penalty,
+    Sampling,
+)
+
+_DIGITS = Config(
+    preset="digits",
+    data=Data(name="digits"),
+    sde=Noise(name="ve", sigma_min=0.01, sigma_max=5.0),
+    model=Model(network="image-mlp", width=512, depth=4),
+    objective=Objective(half=True, t_min=1e-5),
+    penalty=Penalty(balancing_factor=1e-2, probes=1, fraction=0.25, time_density="inverse-sigma"),
+    optim=Optim(steps=4000, batch_size=128, lr=1e-3, warmup=200, ema=0.999),
+    evaluation=Evaluation(every=1000, points=360, levels=10, probes=4),
+    sampling=Sampling(sampler="pc", count=100, steps=200, snr=0.16),
+    checkpoint=Checkpoint(every=1000, keep=3),
+)
+
+
+def _two_dimensional(
+    name: Literal["checkerboard", "eight-gaussians", "spirals"],
+    steps: int,
+    activation: Literal["elu", "leaky_relu"],
+) -> Config:
+    """Section 3.2 of Chao et al. 2023 with the settings of the authors' published configurations."""
+    return Config(
+        preset=name,
+        data=Data(name=name, points=50_000),
+        sde=Noise(name="ve", sigma_min=0.1, sigma_max=3.0),
+        model=Model(network="toy-mlp", conservative_activation=activation),
+        objective=Objective(half=False, t_min=0.0),
+        penalty=Penalty(balancing_factor=0.1, exact=True, fraction=1.0, time_density="uniform"),
+        optim=Optim(steps=steps, batch_size=5000, lr=7.5e-4, beta1=0.9, eps=1e-8, clip=1.0, ema=0.0),
+        evaluation=Evaluation(every=500, points=5000, levels=10, exact=True),
+        sampling=Sampling(sampler="ode", count=5000, rtol=1e-3, atol=1e-5),
+        checkpoint=Checkpoint(every=500, keep=3),
+    )
+
+
+PRESETS: dict[str, Config] = {
+    "digits": _DIGITS,
+    "checkerboard": _two_dimensional("checkerboard", 4000, "elu"),
+    "eight-gaussians": _two_dimensional("eight-gaussians", 2000, "leaky_relu"),
+    "spirals": _two_dimensional("spirals", 2000, "elu"),
+}
