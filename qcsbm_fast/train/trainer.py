@@ -1,0 +1,150 @@
+"""One optimiser step after another, with everything that must survive a restart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcsbm_fast.objectives import DenoisingObjective
+from qcsbm_fast.random import NoiseStream
+from qcsbm_fast.train.batches import Batches
+from qcsbm_fast.train.config import Optim
+from qcsbm_fast.train.ema import EMA
+from qcsbm_fast.train.errors import NonFiniteError
+
+
+class Trainer:
+    """Adam on a denoising objective over data held in memory.
+
+    `objective(x0 (B, *))` gives a loss and its statistics and holds the score model as `objective.score`;
+    `data (N, *)` lies on the device of the model; `stream` is the objective's source of noise, and is saved
+    with the rest. `steps_done` counts steps, `images` the samples seen; `ema` averages the weights. Two
+    trainers made alike take bitwise the same steps on one machine, and so does one that is restored from
+    `state_dict`.
+
+    A step whose loss or gradient is not finite leaves the weights as they are. It raises NonFiniteError on
+    the CPU at once, on a GPU at the next `read_statistics` or `check_finite`: asking in every step would make
+    the host wait for the GPU.
+    """
+
+    def __init__(
+        self, objective: DenoisingObjective, data: Tensor, optim: Optim, *, stream: NoiseStream, seed: int
+    ) -> None:
+        self.objective = objective
+        self.optim = optim
+        self.steps_done = 0
+        self.images = 0
+        self.ema = EMA(objective.score, optim.ema)
+        self._stream = stream
+        self._batches = Batches(data, optim.batch_size, seed)
+        self._device = data.device
+        self._parameters = dict(objective.score.named_parameters())
+        betas = (optim.beta1, optim.beta2)
+        self._optimizer = torch.optim.Adam(
+            self._parameters.values(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True
+        )
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+        self._failure = torch.zeros(2 + len(self._parameters), dtype=torch.float64, device=self._device)
+
+    def step(self) -> None:
+        """Take one optimiser step."""
+        self.steps_done += 1
+        self.images += self.optim.batch_size
+        statistics = self._accumulate_gradients(next(self._batches))
+        # a parameter that the loss does not reach has no gradient: a zero keeps its place
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters.values()]
+        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.linalg.vector_norm(norms)
+        finite = torch.isfinite(statistics["loss"]) & torch.isfinite(norm)
+        self._remember_failure(finite, statistics["loss"], norms)
+        if self.optim.clip:
+            scale = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.steps_done)
+        # fused Adam reads this flag on the device and then leaves weights and moments alone
+        self._optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.ema.update()
+        self._add({**statistics, "grad_norm": norm})
+        if self._device.type == "cpu":
+            self.check_finite()
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step 1, 2, ...: rises linearly over `optim.warmup` steps, then stays."""
+        return self.optim.lr * min(1.0, step / self.optim.warmup) if self.optim.warmup else self.optim.lr
+
+    def read_statistics(self) -> dict[str, float]:
+        """Means over the steps since the last call of the objective's statistics and the gradient's norm."""
+        self.check_finite()
+        names = list(self._sums)
+        means = (torch.stack([self._sums[name] for name in names]) / self._summed).tolist() if names else []
+        self._sums, self._summed = {}, 0
+        return dict(zip(names, means, strict=True))
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if a step so far was not finite."""
+        step, loss, *norms = self._failure.tolist()
+        if step:
+            named = zip(self._parameters, norms, strict=True)
+            first = next((name for name, norm in named if not math.isfinite(norm)), None)
+            raise NonFiniteError(int(step), loss, first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and containers."""
+        cuda = self._device.type == "cuda"
+        return {
+            "steps_done": self.steps_done,
+            "images": self.images,
+            "score": self.objective.score.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "batches": self._batches.state_dict(),
+            "stream": self._stream.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self._device) if cuda else None,
+            "sums": self._sums,
+            "summed": self._summed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`. Raises RuntimeError where the model's shape is another."""
+        self.objective.score.load_state_dict(state["score"])
+        self.ema.load_state_dict(state["ema"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._batches.load_state_dict(state["batches"])
+        self._stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self._device)
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._summed = state["summed"]
+        self.steps_done = state["steps_done"]
+        self.images = state["images"]
+
+    def _accumulate_gradients(self, x0: Tensor) -> dict[str, Tensor]:
+        parts = x0.chunk(self.optim.accumulate)
+        totals: dict[str, Tensor] = {}
+        for part in parts:
+            result = self.objective(part)
+            (result.loss / len(parts)).backward()
+            for name, value in result.stats.items():
+                totals[name] = totals.get(name, 0) + value / len(parts)
+        return totals
+
+    def _remember_failure(self, finite: Tensor, loss: Tensor, norms: Tensor) -> None:
+        """Keep (step, loss, norm of each gradient) of the first step that is not finite, without a sync."""
+        step = torch.full_like(self._failure[:1], self.steps_done)
+        record = torch.cat([step, loss[None], norms])
+        first = ~finite & (self._failure[0] == 0)
+        self._failure = torch.where(first, record, self._failure)
+
+    def _add(self, statistics: dict[str, Tensor]) -> None:
+        self._summed += 1
+        for name, value in statistics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
