@@ -19,9 +19,9 @@ inline void gather(A* out, const P* given, A constant, int64_t begin, int64_t n)
 
 template <typename A>
 struct Sums {
-  std::vector<A> parts;
+  Buffer<A> parts;
   int64_t cols;
-  Sums(int64_t cols) : parts(kParts * cols, A(0)), cols(cols) {}
+  Sums(int64_t cols) : parts(kParts * cols), cols(cols) {}
   A* part(int64_t p) { return parts.data() + p * cols; }
   void write(A* out) {
     for (int64_t j = 0; j < cols; ++j) {

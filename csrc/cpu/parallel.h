@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "../math/common.h"
 
@@ -23,7 +22,7 @@ constexpr int64_t kBlock = 1024;
 
 constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// Calls f(row, column, count) for every run of consecutive elements [begin, end) that lies in one row.
+// Calls f(row, first, count) for every run of consecutive elements [begin, end) that lies in one row.
 template <class F>
 inline void for_runs(int64_t begin, int64_t end, int64_t cols, F&& f) {
   int64_t row = begin / cols, col = begin % cols;
@@ -35,5 +34,22 @@ inline void for_runs(int64_t begin, int64_t end, int64_t cols, F&& f) {
     col = 0;
   }
 }
+
+// An array of zeros. (std::vector's members may be compiled out of line, and then the linker keeps one copy for all
+// instruction sets.)
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(new T[size]()) {}
+  ~Buffer() { delete[] data_; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
 
 }  // namespace qcsbm::QCSBM_ISA

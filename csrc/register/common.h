@@ -45,8 +45,22 @@ inline void check_vector(const Tensor& t, int64_t size, const Tensor& reference,
                   " expected float32 (float64 beside float64 tensors)");
 }
 
-// (seed, offset) of a draw.
-inline std::pair<uint64_t, uint64_t> read_state(const Tensor& state, const char* op) {
+// Sizes of a batch (B, *) as (rows, cols).
+struct Batch {
+  int64_t rows, cols;
+  Batch(const char* op, const Tensor& t, const char* name) {
+    check_layout(t, op, name);
+    STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " expected a batch (B, *)");
+    rows = t.size(0);
+    cols = rows ? t.numel() / rows : 0;
+  }
+};
+
+struct NoiseState {
+  uint64_t seed, offset;
+};
+
+inline NoiseState read_state(const Tensor& state, const char* op) {
   check_layout(state, op, "state");
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Long && state.numel() == 2, op,
                   ": state expected int64 (2,), as NoiseStream.draw() returns it");

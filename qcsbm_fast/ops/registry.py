@@ -48,8 +48,8 @@ class Op:
 
     def _refuse(self, ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
-            f"{self.name} has no derivative of this order: detach its inputs, or use the reference in plain torch, "
-            f"qcsbm_fast.ops.registry.OPS[{self.name!r}].reference"
+            f"{self.name} has no derivative of this order: detach its inputs, or use the plain-torch "
+            f"reference qcsbm_fast.ops.registry.OPS[{self.name!r}].reference"
         )
 
     def __call__(self, *args: Any) -> Any:
