@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .ops.registry import accumulate_dtype
 from .penalty import Asymmetry, Distribution, Estimator, asymmetry
 from .random import NoiseStream
 from .score import Score
@@ -120,7 +121,8 @@ class DenoisingObjective(nn.Module):
     def forward(self, x0: Tensor) -> Objective:
         """Loss of the batch `x0` `(B, *)`; call `backward()` on it once."""
         batch = x0.shape[0]
-        t = self.t_min + (1 - self.t_min) * self.stream.uniform((batch,))
+        dtype = accumulate_dtype(x0.dtype)
+        t = self.t_min + (1 - self.t_min) * self.stream.uniform((batch,), dtype=dtype)
         mean, sigma = self.score.sde.marginal(t)
         x, z = ops.perturb(x0, mean, sigma, self.stream.draw())
         if self.balancing_factor == 0:

@@ -1,0 +1,99 @@
+"""Timing that can be trusted on a noisy machine: interleaved runs in one process, medians with their spread."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark: seconds as median and quartiles, the ratio to the first row, the share of the floor."""
+
+    name: str
+    median: float
+    low: float
+    high: float
+    speedup: float
+    floor: float | None = None
+    share: float | None = None
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, floors: dict[str, float] | None = None
+) -> list[Row]:
+    """Runs all functions in turn, `repeats` times; the first is the baseline of the speed-ups.
+
+    Args:
+        functions: what to time, by name.
+        floors: counted lower bounds in seconds; a row's share of it is floor / median.
+    """
+    for _ in range(warmup):
+        for run in functions.values():
+            run()
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, run in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            samples[name].append(time.perf_counter() - start)
+    rows: list[Row] = []
+    base = samples[next(iter(functions))]
+    for name, times in samples.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        # Each ratio is taken within one round: the machine's drift cancels.
+        speedup = statistics.median(b / t for b, t in zip(base, times, strict=True))
+        floor = (floors or {}).get(name)
+        rows.append(Row(name, median, low, high, speedup, floor, floor / median if floor else None))
+    return rows
+
+
+def copy_rate(numel: int = 2**24) -> float:
+    """Bytes per second that a copy of a large float32 tensor reads and writes."""
+    source = torch.randn(numel)
+    target = torch.empty_like(source)
+    row = interleaved({"copy": lambda: target.copy_(source)}, repeats=9)[0]
+    return 8 * numel / row.median
+
+
+def matmul_rate(rows: int, inner: int, columns: int) -> float:
+    """FLOP per second of `(rows, inner) @ (inner, columns)` in float32."""
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    row = interleaved({"matmul": lambda: a @ b}, repeats=15)[0]
+    return 2 * rows * inner * columns / row.median
+
+
+def report(title: str, rows: list[Row], **facts: object) -> None:
+    """Prints the table and writes it as JSON under bench/results."""
+    machine = {
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    print(f"\n{title}   ({', '.join(f'{k} {v}' for k, v in {**machine, **facts}.items())})")
+    print(f"{'':<34}{'median ms':>11}{'quartiles ms':>20}{'speed-up':>10}{'of floor':>10}")
+    for row in rows:
+        spread = f"{row.low * 1e3:.3f} .. {row.high * 1e3:.3f}"
+        share = f"{100 * row.share:.0f} %" if row.share else ""
+        print(f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>20}{row.speedup:>10.2f}{share:>10}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{title.split(':')[0].replace(' ', '_')}.json"
+    path.write_text(json.dumps({"machine": machine, **facts, "rows": [asdict(r) for r in rows]}, indent=1, default=str))
