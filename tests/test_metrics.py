@@ -33,9 +33,11 @@ def autograd_oracle(x: Tensor, data: Tensor, mean: Tensor, std: Tensor) -> Tenso
 
 
 def test_oracle_score_is_the_gradient_of_the_log_mixture() -> None:
-    data = normal(9000, 2, 2, seed=1) * 2.0 + 1.0  # three blocks
-    x = torch.cat((normal(20, 2, 2, seed=2), 100.0 * normal(5, 2, 2, seed=3), data[:5]))  # far, and on points
-    mean, std = torch.linspace(1.0, 0.3, 30).double(), torch.logspace(-2, 1, 30).double().roll(7)
+    data = normal(3000, 2, 2, seed=1) * 2.0 + 1.0  # several blocks, of samples too
+    x = torch.cat(
+        (normal(270, 2, 2, seed=2), 100.0 * normal(5, 2, 2, seed=3), data[:5])
+    )  # far, and on points
+    mean, std = torch.linspace(1.0, 0.3, 280).double(), torch.logspace(-2, 1, 280).double().roll(7)
     scale = (x.flatten(1).norm(dim=1) + 10.0) / std.square()  # the size of the terms that cancel
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         # the oracle of the rounded inputs
