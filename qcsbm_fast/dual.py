@@ -134,6 +134,22 @@ def linear(x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
     return F.linear(x, weight, bias)
 
 
+@overload
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+) -> Tensor: ...
+@overload
+def conv2d(x: Dual, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Dual: ...
+def conv2d(x: Value, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Value:
+    """Convolution of images `(B, C, H, W)`; the tangents are one batch of `K B` images, without the bias."""
+    if isinstance(x, Dual):
+        tangents = F.conv2d(x.tangents.flatten(0, 1), weight, None, stride, padding)
+        return Dual(
+            F.conv2d(x.primal, weight, bias, stride, padding), tangents.unflatten(0, x.tangents.shape[:2])
+        )
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 def cat(values: Sequence[Value], dim: int = 0) -> Value:
     """Concatenation along a dimension other than the batch; a plain tensor among duals has zero tangents."""
     duals = [v for v in values if isinstance(v, Dual)]
@@ -153,6 +169,7 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: linear,
+    F.conv2d: conv2d,
     torch.cat: cat,
     torch.neg: Dual.__neg__,
     torch.Tensor.add: lambda a, b: b + a,

@@ -3,6 +3,12 @@
 from .autoencoder import Autoencoder
 from .image_mlp import ImageMLP
 from .layers import Activation, Linear, LinearSwish, LogFourierEmbedding, bias_act
+from .ncsnpp import NCSNpp, NCSNppConfig
+from .reference_weights import (
+    from_reference_state_dict,
+    load_reference_checkpoint,
+    to_reference_state_dict,
+)
 from .toy_mlp import ToyMLP
 
 __all__ = [
@@ -12,6 +18,11 @@ __all__ = [
     "Linear",
     "LinearSwish",
     "LogFourierEmbedding",
+    "NCSNpp",
+    "NCSNppConfig",
     "ToyMLP",
     "bias_act",
+    "from_reference_state_dict",
+    "load_reference_checkpoint",
+    "to_reference_state_dict",
 ]

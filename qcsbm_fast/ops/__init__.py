@@ -3,20 +3,30 @@
 from .asymmetry import asymmetry
 from .bias_act import bias_act, bias_act_jvp
 from .denoising_residual import denoising_residual
+from .fir import fir
+from .group_norm_silu import group_norm_silu, group_norm_silu_jvp
 from .langevin_step import langevin_step
 from .perturb import perturb
 from .philox import philox_normal, philox_uniform, rademacher
+from .scaled_add import scaled_add
 from .sde_step import sde_step
+from .softmax import softmax, softmax_jvp
 
 __all__ = [
     "asymmetry",
     "bias_act",
     "bias_act_jvp",
     "denoising_residual",
+    "fir",
+    "group_norm_silu",
+    "group_norm_silu_jvp",
     "langevin_step",
     "perturb",
     "philox_normal",
     "philox_uniform",
     "rademacher",
+    "scaled_add",
     "sde_step",
+    "softmax",
+    "softmax_jvp",
 ]

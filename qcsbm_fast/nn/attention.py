@@ -1,0 +1,57 @@
+"""Self-attention over the pixels of an image, for plain tensors and duals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import dual, ops
+from ..dual import Dual, V
+from .embedding import initialise
+from .image_layers import GroupNormSiLU, add
+
+
+def attend(query: V, key: V, value: V) -> V:
+    """`softmax(query key^T) value`, `(B, N, C) -> (B, N, C)`; with `z = query key^T`, `p = softmax(z)` the
+    tangents are
+
+    `p' value + p value'`, where `p'` is the tangent of the softmax at `z' = query' key^T + query key'^T`.
+    """
+    if isinstance(query, Dual) and isinstance(key, Dual) and isinstance(value, Dual):
+        z = query.primal @ key.primal.mT
+        z_tangents = query.tangents @ key.primal.mT + query.primal @ key.tangents.mT
+        p, p_tangents = ops.softmax_jvp(z, z_tangents)
+        return Dual(p @ value.primal, p_tangents @ value.primal + p @ value.tangents)
+    return ops.softmax(query @ key.mT) @ value  # pyright: ignore[reportOperatorIssue]
+
+
+class Attention(nn.Module):
+    """`scale (x + out(attend(query h, key h, value h)))`, `h` the normalised image `(B, C, H, W)`."""
+
+    def __init__(self, channels: int, scale: float, init_scale: float):
+        super().__init__()
+        self.norm = GroupNormSiLU(channels, silu=False)
+        self.query, self.key, self.value = (initialise(nn.Linear(channels, channels), 0.1) for _ in range(3))
+        self.out = initialise(nn.Linear(channels, channels), init_scale)
+        self.scale = scale
+
+    def forward(self, x: V) -> V:
+        height, width = x.shape[-2:]
+
+        def to_tokens(image: Tensor) -> Tensor:
+            return image.flatten(-2).mT
+
+        def to_image(tokens: Tensor) -> Tensor:
+            return tokens.mT.unflatten(-1, (height, width))
+
+        def project(layer: nn.Linear, tokens: Any) -> Any:
+            return dual.linear(tokens, layer.weight, layer.bias)
+
+        h: Any = self.norm(x)
+        h = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
+        query = project(self.query, h) * (1 / math.sqrt(x.shape[1]))
+        h = project(self.out, attend(query, project(self.key, h), project(self.value, h)))
+        h = h.map(to_image) if isinstance(h, Dual) else to_image(h)
+        return add(x, h, self.scale)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,91 @@
+"""The residual block of NCSN++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..dual import Dual, V
+from .embedding import initialise
+from .image_layers import Conv, GroupNormSiLU, Resample, add
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with probability `p` in training; a dual's tangents share the primal's mask."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: V) -> V:
+        if not self.training or self.p == 0:
+            return x
+        primal = x.primal if isinstance(x, Dual) else x
+        return x * torch.empty_like(primal).bernoulli_(1 - self.p).div_(1 - self.p)
+
+
+class ResBlock(nn.Module):
+    """`scale (shortcut(x) + conv(dropout(act(conv(resample(act(x))) + e))))`, `act` normalising first.
+
+    The embedding `e` of the noise level is one bias per sample and channel. Biases move to where they cost
+    nothing: the first convolution's into that sum, which the normalisation takes as an argument, the
+        shortcut's into the second's.
+
+    Args:
+        in_channels, out_channels: of the images; the shortcut is a 1 x 1 convolution if they differ or the
+            size does.
+        embedding: width of the noise embedding, None for no conditioning.
+        dropout: probability.
+        resample: changes the image size on both branches; None keeps it.
+        scale: factor of the sum, 1 or 1/sqrt 2.
+        init_scale: of the last convolution; shortcut_init_scale: of the shortcut.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int | None,
+        *,
+        dropout: float,
+        resample: Resample | None = None,
+        scale: float,
+        init_scale: float,
+        shortcut_init_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.norm_in = GroupNormSiLU(in_channels)
+        self.conv_in = Conv(in_channels, out_channels)
+        self.embed = None if embedding is None else initialise(nn.Linear(embedding, out_channels))
+        self.norm_out = GroupNormSiLU(out_channels)
+        self.dropout = Dropout(dropout)
+        self.conv_out = Conv(out_channels, out_channels, init_scale=init_scale)
+        self.resample = resample
+        self.shortcut = None
+        if in_channels != out_channels or resample is not None:
+            self.shortcut = Conv(in_channels, out_channels, size=1, init_scale=shortcut_init_scale)
+        self.scale = scale
+
+    def forward(self, x: V, embedding: Tensor | None) -> V:
+        """`x` `(B, C, H, W)`, `embedding` `(B, E)` -> `(B, D, H', W')`."""
+        h = self.norm_in(x)
+        if self.resample is not None:
+            h = self.resample(h)
+        h = self.conv_in.with_bias(h, None)
+        bias = self.conv_in.bias.expand(x.shape[0], -1)
+        if self.embed is not None:
+            assert embedding is not None
+            bias = bias + self.embed(embedding)
+        h = self.dropout(self.norm_out(h, bias))
+        if self.shortcut is None:
+            return add(x, self.conv_out(h), self.scale)
+        h = self.conv_out.with_bias(h, self.conv_out.bias + self.shortcut.bias)
+        return add(self._shortcut(self.shortcut, x), h, self.scale)
+
+    def _shortcut(self, conv: Conv, x: V) -> V:
+        """The 1 x 1 convolution commutes with resampling: it goes where the image is smaller."""
+        if self.resample is None:
+            return conv.with_bias(x, None)
+        if self.resample.up > 1:
+            return self.resample(conv.with_bias(x, None))
+        return conv.with_bias(self.resample(x), None)

@@ -1,0 +1,248 @@
+"""Group normalisation and SiLU of images in one pass, its tangents, and the adjoints of both.
+
+With `u = x + bias`, mean `mu` and `r = (var + eps)^{-1/2}` of each sample's group of `N` values (Wu & He
+2018):
+
+    n = r (u - mu),   a = gamma n + beta,   y = a sigmoid(a)   (y = a without SiLU).
+
+Write `P t = t - mean(t) - n mean(n t)`, which is symmetric. Then `dn = r P dx`, a tangent `t` gives
+`y' = silu'(a) gamma r P t`, and a cotangent `g` gives `gx = r P (gamma silu'(a) g)`. The joint adjoint of
+value and tangents, with `w_k = gamma silu'(a) g'_k`, is
+
+    gt_k = r P w_k,
+    gx   = r P h - (r^2 / N) n sum_k <w_k, P t_k>,
+    h    = gamma (silu'(a) g + silu''(a) sum_k a'_k g'_k) - r sum_k (mean(n t_k) w_k + mean(n w_k) t_k).
+
+The bias is one number per sample and channel, the embedding of the noise level; it carries no tangent. All
+`K` tangents share one read of `x`. Variances are two-pass; sums are in float32 (float64 for float64);
+deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import describe, fail
+from .layout import match_layout
+from .registry import Op, accumulate_dtype
+
+
+class _Groups:
+    """The quantities of the formulas, as `(B, G, C/G, H W)` in the accumulation dtype."""
+
+    def __init__(
+        self, x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
+    ):
+        self.shape, self.groups, self.dtype = x.shape, groups, accumulate_dtype(x.dtype)
+        u = self.split(x)
+        if bias is not None:
+            u = u + bias.reshape(x.shape[0], groups, -1, 1)
+        self.gamma = gamma.reshape(groups, -1, 1)
+        centred = u - self.mean(u)
+        self.r = torch.rsqrt(self.mean(centred * centred) + eps)
+        self.n = centred * self.r
+        a = self.gamma * self.n + beta.reshape(groups, -1, 1)
+        if silu:
+            s = torch.sigmoid(a)
+            self.y, self.slope = a * s, s * (1 + a * (1 - s))
+            self.bend = s * (1 - s) * (2 + a * (1 - 2 * s))
+        else:
+            self.y, self.slope, self.bend = a, torch.ones_like(a), torch.zeros_like(a)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`(*, B, C, H, W)` as `(*, B, G, C/G, H W)`."""
+        size = (self.groups, self.shape[1] // self.groups, self.shape[2] * self.shape[3])
+        return x.to(self.dtype).reshape(*x.shape[:-3], *size)
+
+    def join(self, value: Tensor, like: Tensor) -> Tensor:
+        return match_layout(value.reshape(like.shape).to(like.dtype), like)
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value.mean((-2, -1), keepdim=True)
+
+    def project(self, t: Tensor) -> Tensor:
+        return t - self.mean(t) - self.n * self.mean(self.n * t)
+
+    def channels(self, value: Tensor) -> Tensor:
+        """Sum over samples and pixels, `(C,)`."""
+        return value.sum((0, -1)).flatten()
+
+    def bias_gradient(self, gx: Tensor, bias: Tensor | None) -> Tensor:
+        return gx.sum(-1).flatten(1) if bias is not None else gx.new_empty(0)
+
+
+def _reference(
+    x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
+    return s.join(s.y, x)
+
+
+def _reference_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
+    return s.join(s.y, x), s.join(s.slope * s.gamma * s.r * s.project(s.split(tangents)), tangents)
+
+
+def _reference_vjp(
+    g: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
+    ga = s.slope * s.split(g)
+    gx = s.r * s.project(s.gamma * ga)
+    return s.join(gx, x), s.bias_gradient(gx, bias), s.channels(ga * s.n), s.channels(ga)
+
+
+def _reference_jvp_vjp(
+    g: Tensor | None,
+    gdot: Tensor,
+    x: Tensor,
+    tangents: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
+    t, gdot_ = s.split(tangents), s.split(gdot)
+    pt, w = s.project(t), s.gamma * s.slope * gdot_
+    ga = s.bend * (s.gamma * s.r * pt * gdot_).sum(0)
+    if g is not None:
+        ga = ga + s.slope * s.split(g)
+    h = s.gamma * ga - s.r * (s.mean(s.n * t) * w + s.mean(s.n * w) * t).sum(0)
+    gx = s.r * s.project(h) - s.r**2 * s.n * s.mean(w * pt).sum(0)
+    ggamma = ga * s.n + s.r * (s.slope * gdot_ * pt).sum(0)
+    gt = s.join(s.r * s.project(w), tangents)
+    return s.join(gx, x), gt, s.bias_gradient(gx, bias), s.channels(ggamma), s.channels(ga)
+
+
+_TAIL = "Tensor? bias, Tensor gamma, Tensor beta, int groups, float eps, bool silu)"
+_op = Op(f"group_norm_silu(Tensor x, {_TAIL} -> Tensor", _reference)
+_vjp = Op(
+    f"group_norm_silu_vjp(Tensor g, Tensor x, {_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _reference_vjp
+)
+_jvp = Op(f"group_norm_silu_jvp(Tensor x, Tensor tangents, {_TAIL} -> (Tensor, Tensor)", _reference_jvp)
+_jvp_vjp = Op(
+    f"group_norm_silu_jvp_vjp(Tensor? g, Tensor gdot, Tensor x, Tensor tangents, {_TAIL} "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _reference_jvp_vjp,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.groups, ctx.eps, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+    if g is None:
+        return (None,) * 7
+    x, bias, gamma, beta = ctx.saved_tensors
+    gx, gbias, ggamma, gbeta = _vjp(match_layout(g, x), x, bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
+    return gx, None if bias is None else gbias, ggamma, gbeta, None, None, None
+
+
+def _jvp_backward(ctx: Any, g: Tensor | None, gdot: Tensor | None) -> tuple[Any, ...]:
+    if g is None and gdot is None:
+        return (None,) * 8
+    x, tangents, bias, gamma, beta = ctx.saved_tensors
+    rest = (bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
+    g = None if g is None else match_layout(g, x)
+    if gdot is None:
+        gx, gbias, ggamma, gbeta = _vjp(g, x, *rest)
+        gt = None
+    else:
+        gx, gt, gbias, ggamma, gbeta = _jvp_vjp(g, match_layout(gdot, x), x, tangents, *rest)
+    return gx, gt, None if bias is None else gbias, ggamma, gbeta, None, None, None
+
+
+_op.set_backward(_backward, _save)
+_jvp.set_backward(_jvp_backward, _save)
+
+
+def _checked(
+    x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, groups: int
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
+        fail("group_norm_silu", "x", "floating-point images (B, C, H, W)", x)
+    channels, dtype = x.shape[1], accumulate_dtype(x.dtype)
+    if groups < 1 or channels % groups:
+        raise ValueError(f"group_norm_silu: groups expected a divisor of {channels} channels, got {groups}")
+    for name, value, shape in (
+        ("bias", bias, x.shape[:2]),
+        ("gamma", gamma, x.shape[1:2]),
+        ("beta", beta, x.shape[1:2]),
+    ):
+        if value is not None and (value.shape != shape or value.device != x.device):
+            fail("group_norm_silu", name, f"{tuple(shape)} on {x.device}", value)
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    return match_layout(x, x), bias, gamma.to(dtype).contiguous(), beta.to(dtype).contiguous()
+
+
+def group_norm_silu(
+    x: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+) -> Tensor:
+    """`silu(gamma * normalise(x + bias) + beta)`, the statistics over each sample's `groups` groups of
+    channels.
+
+    Args:
+        x: `(B, C, H, W)`, channels-last or contiguous; the result has the same layout.
+        bias: `(B, C)` or None.
+        gamma, beta: `(C,)`.
+        groups: number of groups, a divisor of `C`.
+        eps: added to the variance.
+        silu: False leaves the activation out.
+
+    Raises:
+        ValueError: naming the argument, for a wrong shape, dtype or device.
+    """
+    return _op(*_checked(x, bias, gamma, beta, groups), groups, eps, silu)
+
+
+def group_norm_silu_jvp(
+    x: Tensor,
+    tangents: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`group_norm_silu` `(B, C, H, W)` and its derivatives along the tangents, `(K, B, C, H, W)`.
+
+    Args as `group_norm_silu`, and tangents: `(K, B, C, H, W)`, dtype and device of `x`.
+    """
+    x, *rest = _checked(x, bias, gamma, beta, groups)
+    if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
+        fail("group_norm_silu", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
+    return _jvp(x, match_layout(tangents, x), *rest, groups, eps, silu)

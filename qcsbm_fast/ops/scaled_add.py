@@ -1,0 +1,49 @@
+"""The merge of a residual branch, `y = scale (a + b)`, in one pass; both cotangents are `scale g`, computed
+once.
+
+Linear, so that tangents take the same op. Computed in float32 (float64 for float64) and rounded once;
+deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .check import describe, fail
+from .registry import Op, accumulate_dtype
+
+
+def _reference(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    dtype = accumulate_dtype(a.dtype)
+    return ((a.to(dtype) + b.to(dtype)) * scale).to(a.dtype)
+
+
+_op = Op("scaled_add(Tensor a, Tensor b, float scale) -> Tensor", _reference)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.scale = inputs[2]
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    scaled = g * ctx.scale
+    return scaled, scaled, None
+
+
+_op.set_backward(_backward, _save)
+
+
+def scaled_add(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale (a + b)` of two tensors of one shape, dtype and device, stored densely; `b` is brought to the
+    layout of `a`.
+
+    Raises:
+        ValueError: if `b` is not like `a`.
+    """
+    if not isinstance(a, Tensor) or not a.is_floating_point():
+        fail("scaled_add", "a", "a floating-point tensor", a)
+    if b.shape != a.shape or b.dtype != a.dtype or b.device != a.device:
+        fail("scaled_add", "b", describe(a), b)
+    return _op(a, b, scale)
