@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from gaussian import COVARIANCE, MEAN, GaussianScore
+from qcsbm_fast.nn import ToyMLP
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.correctors import langevin
 from qcsbm_fast.sampling.ode import probability_flow, solve
 from qcsbm_fast.sampling.pc import predictor_corrector
 from qcsbm_fast.sampling.predictors import PREDICTORS
+from qcsbm_fast.score import Kind, Score
 from qcsbm_fast.sde import OU, SDE, VE, VP, SubVP
 
 SDES: dict[str, SDE] = {
@@ -201,26 +203,17 @@ def test_solver_meets_its_tolerance_and_fails_loudly() -> None:
         solve(lambda t, y: y.square(), state, 0.0, 2.0, rtol=1e-3, atol=1e-5)  # blows up at t = 1/2
 
 
-class Learnt(torch.nn.Module):
-    """A score with parameters, to see that no graph is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sde = VE(0.1, 3.0)
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return -self.scale * x / (0.5 + self.sde.sigma(t).square())[:, None]
-
-
-def test_samples_depend_on_the_stream_alone_and_hold_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
-    score = Learnt()
+@pytest.mark.parametrize("kind", ["unconstrained", "conservative"])
+def test_samples_depend_on_the_stream_alone_and_hold_no_graph(
+    kind: Kind, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    score = Score(ToyMLP(), VE(0.1, 3.0), kind)
 
     def draw(seed: int, progress: bool = False) -> list[Tensor]:
         pc = predictor_corrector(score, (64, 2), steps=10, stream=NoiseStream(seed), progress=progress)
         return [pc, probability_flow(score, (64, 2), stream=NoiseStream(seed))]
 
-    torch.manual_seed(0)
     first = draw(5)
     assert "sampling" not in capsys.readouterr().err
     torch.manual_seed(1)
@@ -230,6 +223,7 @@ def test_samples_depend_on_the_stream_alone_and_hold_no_graph(capsys: pytest.Cap
         assert torch.equal(a, b)
         assert not torch.isclose(a, c).all()
         assert not a.requires_grad
+    assert all(p.grad is None for p in score.parameters())
 
 
 def test_bad_names() -> None:
