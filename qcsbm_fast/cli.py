@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,8 +115,9 @@ def _run(command: Train | Sample | Info) -> None:
 
 
 def _train(command: Train) -> None:
-    from qcsbm_fast.train import run
+    from qcsbm_fast.train import build, checkpoint, run
 
+    build.find_device(command.settings.device)  # before anything is written
     if command.resume is None:
         folder = create(command.settings, command.out)
     else:
@@ -126,10 +128,10 @@ def _train(command: Train) -> None:
     try:
         run.train(command.settings, folder)
     except NonFiniteError as error:
-        raise RunError(
-            f"{error}\nThe last good checkpoint is kept. To go on from it with smaller steps: "
-            f"qcsbm train --resume {folder.path} --optim.lr {command.settings.optim.lr / 4:g}"
-        ) from error
+        have = checkpoint.steps(folder.checkpoints)
+        kept = "The last good checkpoint is kept" if have else "No checkpoint yet"
+        retry = f"--resume {shlex.quote(str(folder.path))} --optim.lr {command.settings.optim.lr / 4:g}"
+        raise RunError(f"{error}\n{kept}; to try again with smaller steps: qcsbm train {retry}") from error
 
 
 def _sample(command: Sample) -> None:
@@ -160,6 +162,8 @@ def _parse(arguments: list[str]) -> Train | Sample | Info:
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(commands, prog="qcsbm", description=_DESCRIPTION, args=arguments)  # pyright: ignore
+    except ValidationError as error:  # tyro lets that of the settings as a whole through
+        raise ConfigError(describe(error)) from None
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -12,9 +12,10 @@ import pytest
 from matplotlib.image import imread
 
 from qcsbm_fast import cli
-from qcsbm_fast.train import checkpoint
+from qcsbm_fast.train import checkpoint, run
 from qcsbm_fast.train.config import Config
-from qcsbm_fast.train.folder import open_run
+from qcsbm_fast.train.errors import NonFiniteError
+from qcsbm_fast.train.folder import create, open_run
 
 TINY = """
     --steps 6 --optim.batch-size 32 --log-every 2 --checkpoint.every 4 --device cpu
@@ -78,7 +79,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: str, expect
         ("train --penalty.fracton 1", "Perhaps you meant: --penalty.fraction FLOAT"),
         ("train --config", "Missing value for argument '--config'"),
         ("train --config absent.yaml", "absent.yaml: cannot be read: No such file or directory"),
-        ("train --data.name digits --preset spirals", "model.network: toy-mlp works on points of the plane"),
+        ("train --data.name digits --preset spirals", "model.network: toy-mlp is for points of the plane"),
         ("train --device tpu", "device: cannot use 'tpu'"),
         ("train --resume absent", "absent: not a run folder"),
         ("train --resume a --out b", "--resume and --out exclude each other"),
@@ -94,7 +95,7 @@ def test_errors_are_a_line_or_two(capsys: pytest.CaptureFixture[str], arguments:
     assert errors.startswith("qcsbm: ")
     assert len(errors.splitlines()) <= 2
     assert "Traceback" not in errors + output
-    assert not (Path("runs").exists() and any(Path("runs").rglob("checkpoints")))
+    assert not Path("runs").exists()
 
 
 def test_the_more_specific_setting_wins() -> None:
@@ -133,6 +134,11 @@ def test_train_and_sample_points(capsys: pytest.CaptureFixture[str]) -> None:
     status, output, errors = call(capsys, "train", "--resume", path, "--steps", 8)
     assert status == 0, errors
     assert checkpoint.steps(open_run(path).checkpoints) == [4, 6, 8]
+    (path / "samples.png").unlink()
+    status, output, errors = call(capsys, "train", "--resume", path)  # at its end: only the report again
+    assert status == 0, errors
+    assert imread(path / "samples.png")[..., :3].std() > 0.01
+    assert "8 steps, 256 samples seen" in output
     status, _, errors = call(capsys, "train", "--resume", path, "--kind", "conservative")
     assert status == 1
     assert "model.kind (quasi-conservative -> conservative) cannot change" in errors
@@ -169,10 +175,23 @@ def test_train_and_sample_images(capsys: pytest.CaptureFixture[str], kind: str) 
         assert 0.0 < last["test_nasym"] <= 1.0
 
 
+def test_a_run_that_diverges_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> None:
+        raise NonFiniteError(13, float("nan"), "network.head.weight")
+
+    monkeypatch.setattr(run, "train", diverge)
+    status, _, errors = call(capsys, "train", "--out", "run", "--optim.lr", 0.4)
+    assert status == 1
+    assert errors.splitlines() == [
+        "qcsbm: step 13: the loss is nan and the gradient of network.head.weight is not finite",
+        "No checkpoint yet; to try again with smaller steps: qcsbm train --resume run --optim.lr 0.1",
+    ]
+
+
 def test_a_checkpoint_with_code_in_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
-
-    from qcsbm_fast.train.folder import create
 
     folder = create(settings(""), Path("run"))
     folder.checkpoints.mkdir()

@@ -64,6 +64,7 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("optim: {accumulate: 3, batch_size: 10}", "accumulate = 3 must divide batch_size = 10"),
         ("sde: {sigma_min: 60}", "sigma_min must be below sigma_max"),
         ("model: {kind: energy}", "model.kind should be 'unconstrained', 'conservative' or"),
+        ("model: {network: toy-mlp}", "settings.yaml: model.network: toy-mlp is for points of the plane"),
         ("penalty: 3", "penalty should be a section of settings, got 3"),
         ("seed:", "seed should be a valid integer, got None"),
         ("sed: 1", "sed: no such setting"),

@@ -45,7 +45,7 @@ def test_curves_are_drawn_whatever_was_recorded(tmp_path: Path) -> None:
     for row in conservative[2:]:
         row.update({f"{name}_error": 0.0 for name in ("test_dsm", "test_asym", "test_nasym")})
     for index, rows in enumerate(([], plain, conservative)):
-        plots.curves(tmp_path / f"{index}.png", rows, "title")
+        plots.curves(tmp_path / f"{index}.png", rows, "title", averaged=False)
     pictures = [imread(tmp_path / f"{index}.png") for index in range(3)]
     assert (pictures[0] != pictures[1]).any()
     assert (pictures[1] != pictures[2]).any()

@@ -36,7 +36,7 @@ class Setup:
 def build(config: Config) -> Setup:
     """Load the data and make the score model, its initial weights drawn from `config.seed`.
 
-    Raises ConfigError where the device is not there or the network does not fit the data.
+    Raises ConfigError where the device is not there.
     """
     device = find_device(config.device)
     dataset = data.load(config.data.name, points=config.data.points, seed=config.seed)
@@ -65,7 +65,7 @@ def objective(config: Config, score: Score, stream: NoiseStream) -> DenoisingObj
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device called `name`, "auto" being a GPU where there is one."""
+    """The torch device called `name`, "auto" being a GPU where there is one. ConfigError if there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -79,10 +79,5 @@ def find_device(name: str) -> torch.device:
 def _network(config: Config, shape: torch.Size) -> nn.Module:
     if config.model.network == "image-mlp":
         return ImageMLP(shape.numel(), config.model.width, config.model.depth)
-    if tuple(shape) != (2,):
-        raise ConfigError(
-            f"model.network: toy-mlp works on points of the plane, but data.name = {config.data.name} has "
-            f"samples of shape {tuple(shape)}; use image-mlp"
-        )
     conservative = config.model.kind == "conservative"
     return ToyMLP(config.model.conservative_activation if conservative else "identity")

@@ -218,6 +218,12 @@ class Config:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
 
+    @model_validator(mode="after")
+    def _check_network(self) -> Config:
+        if self.model.network == "toy-mlp" and self.data.name == "digits":
+            raise ValueError("model.network: toy-mlp is for points of the plane; use image-mlp for digits")
+        return self
+
 
 def to_mapping(config: Config) -> dict[str, Any]:
     """Plain nested dicts of strings, numbers and booleans."""
@@ -254,7 +260,7 @@ def _describe_one(section: str, problem: Any) -> str:
         return f"{name} should be a section of settings, got {problem['input']!r}"
     message = problem["msg"]
     if problem["type"] == "value_error":
-        return f"{name}: {message.removeprefix('Value error, ')}"
+        return f"{name}: {message.removeprefix('Value error, ')}".removeprefix(": ")
     return f"{name} {message.replace('Input should', 'should')}, got {problem['input']!r}"
 
 

@@ -64,7 +64,7 @@ def vector_field(path: Path, points: Tensor, field: Tensor, title: str) -> None:
     u, v = field.detach().cpu().numpy().T
     magnitude = np.hypot(u, v)
     length = np.maximum(magnitude, np.finfo(magnitude.dtype).tiny)
-    figure = Figure(figsize=(6.6, 5.8), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(7.2, 5.8), dpi=_DPI, layout="constrained")
     (axes,) = _row(figure, 1)
     low, high = np.quantile(length, [0.02, 1.0])
     arrows = axes.quiver(
@@ -73,45 +73,38 @@ def vector_field(path: Path, points: Tensor, field: Tensor, title: str) -> None:
     )  # fmt: skip
     axes.set_title(title)
     _set_plane(axes)
-    figure.colorbar(arrows, ax=axes, label="magnitude of the score", shrink=0.9)
+    bar = figure.colorbar(arrows, ax=axes, label="magnitude of the score")
+    _label_decades(bar.ax, low, high)
     figure.savefig(path)
 
 
-def curves(path: Path, rows: Rows, title: str) -> None:
-    """Loss and asymmetry against the step, from the rows of stats.jsonl; held-out values as marks."""
-    figure = Figure(figsize=(11.0, 4.6), dpi=_DPI, layout="constrained")
+def curves(path: Path, rows: Rows, title: str, *, averaged: bool) -> None:
+    """Loss, Asym and NAsym against the step, from the rows of stats.jsonl; held-out values as marks.
+
+    `averaged` tells whether these are of averaged weights, unlike the training's own.
+    """
+    figure = Figure(figsize=(13.0, 4.2), dpi=_DPI, layout="constrained")
     figure.suptitle(title)
-    loss, asymmetry = _row(figure, 2)
-
-    steps, values = _series(rows, "dsm")
-    loss.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=1.0)
-    loss.plot(steps, _smooth(values), color=_BLUE, linewidth=1.8, label="training")
-    _marks(loss, rows, "test_dsm", _ORANGE, "o", "held-out")
-    _set_limits_without_start(loss, rows)
-    loss.set(xlabel="step", ylabel="denoising score matching loss")
-
-    steps, values = _series(rows, "asym")
-    positive = values > 0
-    if positive.any():
-        asymmetry.plot(steps[positive], values[positive], color=_BLUE, alpha=0.25, linewidth=1.0)
-        smoothed = np.exp(_smooth(np.log(values[positive])))
-        asymmetry.plot(steps[positive], smoothed, color=_BLUE, linewidth=1.8, label="Asym, training")
-    _marks(asymmetry, rows, "test_asym", _ORANGE, "o", "Asym, held-out")
-    _marks(asymmetry, rows, "test_nasym", _GREY, "D", "NAsym, held-out")
-    asymmetry.set(xlabel="step", ylabel="asymmetry of the score's Jacobian")
-    if any(row.get(name, 0.0) > 0.0 for row in rows for name in ("asym", "test_asym")):
-        asymmetry.set_yscale("log")
-        asymmetry.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        asymmetry.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        asymmetry.yaxis.set_minor_formatter(NullFormatter())
-    for axes in (loss, asymmetry):
+    panels = (
+        ("dsm", "test_dsm", "denoising score matching loss"),
+        ("asym", "test_asym", r"Asym, $\Vert J - J^T\Vert^2 / 2$"),
+        ("nasym", "test_nasym", "NAsym, the antisymmetric share of $J$"),
+    )
+    last = max((row["step"] for row in rows), default=1)
+    for axes, (training, held_out, label) in zip(_row(figure, len(panels)), panels, strict=True):
+        steps, values = _series(rows, training)
+        axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=1.0)
+        axes.plot(steps, _smooth(values), color=_BLUE, linewidth=1.8, label="training")
+        marks = _marks(axes, rows, held_out, "held-out, averaged weights" if averaged else "held-out")
+        # the first tenth would dwarf the rest
+        shown = np.concatenate((values[len(values) // 10 :], marks))
+        _set_limits(axes, shown, log=training != "dsm")
+        axes.set(xlabel="step", ylabel=label, xlim=(0, last * 1.03))
         axes.grid(True, which="major", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(
-                frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, columnspacing=1.2
-            )
+        if training == "dsm":
+            axes.legend(frameon=False, loc="upper right")
     figure.savefig(path)
 
 
@@ -130,14 +123,15 @@ def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def _marks(axes: Axes, rows: Rows, name: str, colour: str, marker: str, label: str) -> None:
+def _marks(axes: Axes, rows: Rows, name: str, label: str) -> np.ndarray:
+    """Mark the values called `name` with their standard errors, and return them."""
     steps, values = _series(rows, name)
     _, errors = _series(rows, f"{name}_error")
-    if len(steps):
-        axes.errorbar(
-            steps, values, yerr=errors, color=colour, marker=marker, markersize=5, linestyle="none",
-            elinewidth=1.0, capsize=2.5, label=label, zorder=3,
-        )  # fmt: skip
+    axes.errorbar(
+        steps, values, yerr=errors, color=_ORANGE, marker="o", markersize=5, linestyle="none",
+        elinewidth=1.0, capsize=2.5, label=label, zorder=3,
+    )  # fmt: skip
+    return values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -149,12 +143,21 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _set_limits_without_start(axes: Axes, rows: Rows) -> None:
-    """Fit the vertical axis to all but the first tenth, which would otherwise dwarf the rest."""
-    _, values = _series(rows, "dsm")
-    _, marks = _series(rows, "test_dsm")
-    shown = np.concatenate((values[len(values) // 10 :], marks))
-    if len(shown):
-        low, high = shown.min(), shown.max()
+def _label_decades(axes: Axes, low: float, high: float) -> None:
+    """Plain numbers at 1, 2, 5, 10, ... of a logarithmic vertical axis, or at its decades if it is long."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _set_limits(axes: Axes, values: np.ndarray, *, log: bool) -> None:
+    """Fit the vertical axis to `values`, on a log scale if wanted and possible."""
+    positive = values[values > 0]
+    if log and len(positive):
+        low, high = positive.min() / 1.6, positive.max() * 1.6  # so far apart that a tick is between
+        axes.set(yscale="log", ylim=(low, high))
+        _label_decades(axes, low, high)
+    elif len(values):
+        low, high = values.min(), values.max()
         margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + 3 * margin)

@@ -21,7 +21,7 @@ _DIGITS = Config(
     preset="digits",
     data=Data(name="digits"),
     sde=Noise(name="ve", sigma_min=0.01, sigma_max=5.0),
-    model=Model(network="image-mlp", width=512, depth=4),
+    model=Model(network="image-mlp", width=256, depth=3),
     objective=Objective(half=True, t_min=1e-5),
     penalty=Penalty(balancing_factor=1e-2, probes=1, fraction=0.25, time_density="inverse-sigma"),
     optim=Optim(steps=4000, batch_size=128, lr=1e-3, warmup=200, ema=0.999),

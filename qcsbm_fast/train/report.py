@@ -31,7 +31,7 @@ def draw_pictures(
     from qcsbm_fast.train import plots
 
     title = f"{config.data.name}, {config.model.kind}"
-    plots.curves(folder.path / "curves.png", rows, title)
+    plots.curves(folder.path / "curves.png", rows, title, averaged=config.optim.ema > 0.0)
     samples = draw(score, setup.shape, config.sampling, stream)
     if setup.image:
         plots.image_grid(folder.path / "samples.png", samples)
@@ -50,7 +50,7 @@ def plot_field(config: Config, folder: RunFolder, score: Score, device: torch.de
     with torch.no_grad():
         field = score(points, t)
     sigma = score.sde.marginal(t)[1][0].item()
-    title = f"{config.data.name}, {config.model.kind}: the score at noise level {sigma:g}"
+    title = f"{config.data.name}, {config.model.kind}: score at $\\sigma$ = {sigma:.2g}"
     plots.vector_field(folder.path / "field.png", points, field, title)
 
 
@@ -66,7 +66,7 @@ def print_summary(
     other = "unconstrained" if config.model.kind == "quasi-conservative" else "quasi-conservative"
     pictures = "samples.png, curves.png" + ("" if image else ", field.png")
     commands = {
-        f"qcsbm sample {run} --count 25": "new samples, as a picture and as numbers",
+        f"qcsbm sample {run} --count {25 if image else 1000}": "new samples, as a picture and as numbers",
         f"tensorboard --logdir {run}": "the curves in a browser",
         f"qcsbm train --config {run}/config.yaml --kind {other}": "the same run, to compare Asym and NAsym",
     }
@@ -88,7 +88,7 @@ def print_summary(
         f"\nTrained a {config.model.kind} model of {config.data.name}: {config.optim.steps} steps, "
         f"{seen:,} samples seen, {_duration(seconds)}.",
         "\nOn held-out data, with standard errors:",
-        *(f"  {name:9} {_value(row, key):18}  {meaning}" for name, key, meaning in learned),
+        *(f"  {name:9} {_value(row, key):20} {meaning}" for name, key, meaning in learned),
         f"\nIn {folder.path}: {pictures}, stats.jsonl, checkpoints.",
         *([_IMAGE_HINT] if image else []),
         "\nNext:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def sample(
     state = checkpoint.load(path)["trainer"]
     setup = build.build(replace(folder.read_config(), device=device))
     setup.score.load_state_dict(state["ema"]["module"])
-    samples = draw(setup.score, setup.shape, sampling, NoiseStream(seed, device=setup.device), progress=True)
+    stream = NoiseStream(seed, device=setup.device)
+    samples = draw(setup.score, setup.shape, sampling, stream, progress=sys.stderr.isatty())
     picture = out or folder.path / f"drawn-{state['steps_done']}-{sampling.sampler}.png"
     picture = picture.with_suffix(".png")
     picture.parent.mkdir(parents=True, exist_ok=True)
