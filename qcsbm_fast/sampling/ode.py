@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qcsbm_fast.ops.registry import per_row
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sde import SDE, ScoreFunction
 
@@ -42,14 +43,14 @@ def probability_flow(
     if denoise:
         t = x.new_full((len(x),), t_min)
         mean, std = sde.marginal(t)
-        x = (x + _rows(std, x).square() * score(x, t)) / _rows(mean, x)
+        x = (x + per_row(std, x).square() * score(x, t)) / per_row(mean, x)
     return x
 
 
 def flow(sde: SDE, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """dx/dt of the probability-flow ODE, f(t) x - g(t)^2 s / 2, with the score `s (B, *)` at `x (B, *)`."""
     drift, weight, _ = sde.reverse(t, probability_flow=True)
-    return _rows(drift, x) * x + _rows(weight, x) * s
+    return per_row(drift, x) * x + per_row(weight, x) * s
 
 
 def solve(
@@ -85,7 +86,3 @@ def solve(
             f"the ODE solver stopped between t = {start} and {end}: {solution.message} Loosen rtol and atol"
         )
     return torch.from_numpy(solution.y[:, -1].copy()).view(state.shape).to(state.device)
-
-
-def _rows(factor: Tensor, x: Tensor) -> Tensor:
-    return factor.view(-1, *[1] * (x.ndim - 1))
