@@ -1,4 +1,4 @@
-"""The command line: `qcsbm train`, `qcsbm sample`, `qcsbm info`.
+"""The command line: `qcsbm train`, `qcsbm sample`, `qcsbm reproduce`, `qcsbm info`.
 
 What a command needs is imported when it runs, so that help and errors come quickly.
 """
@@ -13,16 +13,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import ValidationError
 
 from qcsbm_fast.train import config_file
-from qcsbm_fast.train.config import Config, Sampling, describe
+from qcsbm_fast.train.config import Config, Kind, Sampling, describe
 from qcsbm_fast.train.errors import ConfigError, NonFiniteError, RunError
 from qcsbm_fast.train.folder import check_continues, create, open_run
 from qcsbm_fast.train.presets import PRESETS
+
+Density = Literal["checkerboard", "eight-gaussians", "spirals"]
 
 _NOT_TOLD = ("For full help", "Argument help")
 _Flat = tyro.conf.arg(name="")
@@ -86,8 +88,40 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Run an experiment of the paper: train its models, print their table, draw its figures.
+
+    toy2d, Section 3.2: unconstrained, conservative and quasi-conservative models of 2-D densities, with
+    negative log-likelihood, score error, Asym, NAsym, precision and recall. Interrupted, the same command
+    goes on where it stopped.
+
+    - qcsbm reproduce toy2d
+    - qcsbm reproduce toy2d --densities checkerboard --seeds 0 1 2 --factors 0.1 1 10
+    - qcsbm reproduce toy2d --steps 500 --out runs/quick-look
+    """
+
+    experiment: tyro.conf.Positional[Literal["toy2d"]]
+    """Which experiment."""
+    densities: tuple[Density, ...] = ("checkerboard", "eight-gaussians", "spirals")
+    """Data sets."""
+    kinds: tuple[Kind, ...] = ("unconstrained", "conservative", "quasi-conservative")
+    """Kinds of models."""
+    seeds: tuple[int, ...] = (0,)
+    """One training for each; with several the table shows the spread."""
+    factors: tuple[float, ...] = (0.1,)
+    """Balancing factors of the quasi-conservative models: the first for the table, all for the curve."""
+    steps: Annotated[int | None, _option("INT", "(default: the paper's)")] = None
+    """Optimiser steps of each training."""
+    out: Path = Path("runs/toy2d")
+    """Folder for the runs, table.md, results.json and the pictures."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, how the package was built, and which backends are live."""
+
+
+Command = Train | Sample | Reproduce | Info
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,11 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: Train | Sample | Info) -> None:
+def _run(command: Command) -> None:
     if isinstance(command, Train):
         _train(command)
     elif isinstance(command, Sample):
         _sample(command)
+    elif isinstance(command, Reproduce):
+        _reproduce(command)
     else:
         from qcsbm_fast import info
 
@@ -149,13 +185,28 @@ def _sample(command: Sample) -> None:
     print(f"{command.sampling.count} samples: {picture} and {picture.with_suffix('.npz')}")
 
 
-def _parse(arguments: list[str]) -> Train | Sample | Info:
+def _reproduce(command: Reproduce) -> None:
+    from qcsbm_fast.studies import toy2d
+
+    rows = toy2d.reproduce(
+        command.out,
+        densities=command.densities,
+        kinds=command.kinds,
+        seeds=command.seeds,
+        factors=command.factors,
+        steps=command.steps,
+    )
+    print(f"{len(rows)} models; table, numbers and pictures in {command.out}")
+
+
+def _parse(arguments: list[str]) -> Command:
     """The command that the arguments describe. Leaves by SystemExit after printing help or an error."""
     train = Train(settings=_base_settings(arguments))
     sample = Sample(run=tyro.MISSING, sampling=_base_sampling(arguments))
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample", default=sample)]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     errors = io.StringIO()

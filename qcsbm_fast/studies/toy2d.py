@@ -1,0 +1,157 @@
+"""The two-dimensional experiments (Chao et al. 2023, Section 3.2): three kinds of models of three densities.
+
+Every model is an ordinary run of the trainer with the paper's settings, in a folder of its own below the study's, where
+an interrupted study finds what it has. Of each are measured, on 5000 points noised at 10 levels: Asym and NAsym (exact
+Jacobian), the score error against the noised empirical distribution of all data; on 5000 held-out points the negative
+log-likelihood of the probability-flow ODE (exact divergence), and precision and recall (k = 3) of 5000 samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcsbm_fast import data
+from qcsbm_fast.likelihood import log_likelihood
+from qcsbm_fast.metrics import asymmetry_by_level, precision_recall, score_error
+from qcsbm_fast.random import NoiseStream
+from qcsbm_fast.sampling.ode import probability_flow
+from qcsbm_fast.score import Score
+from qcsbm_fast.studies import toy2d_plots
+from qcsbm_fast.train import build, checkpoint, run
+from qcsbm_fast.train.config import Config, Kind
+from qcsbm_fast.train.errors import RunError
+from qcsbm_fast.train.folder import RunFolder, create
+from qcsbm_fast.train.presets import PRESETS
+from qcsbm_fast.train.stats import read as read_statistics
+
+KINDS: tuple[Kind, ...] = ("unconstrained", "conservative", "quasi-conservative")
+COLUMNS = {
+    "loss": "DSM loss",
+    "nll": "NLL (nats)",
+    "score_error": "score error",
+    "asym": "Asym",
+    "nasym": "NAsym",
+    "precision": "precision",
+    "recall": "recall",
+}
+_LEVELS = 10
+_POINTS = 5000
+
+
+@torch.no_grad()
+def measure(score: Score, train: Tensor, test: Tensor, seed: int) -> dict[str, float]:
+    """All columns but the loss, for a score of points `(N, 2)`; deterministic in `seed`."""
+    stream = NoiseStream(seed)
+    times = torch.linspace(0, 1, _LEVELS)
+    points = train[:_POINTS]
+    asymmetry = asymmetry_by_level(score, points, times, stream, exact=True)
+    error = score_error(score, train, points, times, stream)
+    nats = log_likelihood(score, test[:_POINTS], exact=True)
+    samples = probability_flow(score, (_POINTS, 2), stream=stream)
+    quality = precision_recall(test[:_POINTS], samples)
+    return {
+        "nll": -nats.mean().item(),
+        "score_error": error.mean().item(),
+        "asym": asymmetry.asym.mean().item(),
+        "nasym": asymmetry.nasym.mean().item(),
+        "precision": quality.precision,
+        "recall": quality.recall,
+    }
+
+
+def reproduce(
+    out: Path, *, densities: Sequence[str], kinds: Sequence[Kind], seeds: Sequence[int], factors: Sequence[float],
+    steps: int | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Trains and measures every combination, then writes table.md, results.json and the pictures to `out`.
+
+    Args:
+        densities: presets to run, such as "checkerboard".
+        kinds: kinds of models.
+        seeds: one training each.
+        factors: balancing factors of the quasi-conservative models; the first is the table's, all are the curve's.
+        steps: optimiser steps in place of the paper's.
+
+    Raises:
+        RunError: if training was interrupted; calling again goes on where it stopped.
+    """
+    rows = []
+    for density in densities:
+        for seed in seeds:
+            for kind in kinds:
+                for factor in factors if kind == "quasi-conservative" else (0.0,):
+                    config = _config(density, kind, seed, factor, steps)
+                    values = _train_and_measure(config, out / _name(density, kind, seed, factor))
+                    rows.append({"density": density, "kind": kind, "seed": seed, "factor": factor, **values})
+    table = format_table(rows, factors[0])
+    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    (out / "table.md").write_text(table)
+    print(f"\n{table}")
+    runs = {(d, k): out / _name(d, k, seeds[0], factors[0]) for d in densities for k in kinds}
+    toy2d_plots.gallery(out, {key: load(RunFolder(path))[0] for key, path in runs.items()})
+    if len(factors) > 1:
+        toy2d_plots.factor_curves(out / "factors.png", rows)
+    return rows
+
+
+def _name(density: str, kind: Kind, seed: int, factor: float) -> str:
+    return f"{density}-{kind}-{seed}" + (f"-factor{factor:g}" if kind == "quasi-conservative" else "")
+
+
+def _config(density: str, kind: Kind, seed: int, factor: float, steps: int | None) -> Config:
+    preset = PRESETS[density]  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(
+        preset,
+        seed=seed,
+        model=dataclasses.replace(preset.model, kind=kind),
+        penalty=dataclasses.replace(preset.penalty, balancing_factor=factor),
+        optim=dataclasses.replace(preset.optim, steps=steps or preset.optim.steps),
+    )
+
+
+def _train_and_measure(config: Config, path: Path) -> dict[str, float]:
+    """The run's measurements, from its folder if it is complete."""
+    done = path / "measurements.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    folder = RunFolder(path) if (path / "config.yaml").is_file() else create(config, path)
+    if not run.train(config, folder):
+        raise RunError("the study was interrupted; the same command goes on where it stopped")
+    score, setup = load(folder)
+    rows = read_statistics(path / "stats.jsonl")
+    last = [row["dsm"] for row in rows if "dsm" in row and row["step"] > config.optim.steps - 200]
+    values = {"loss": sum(last) / len(last), **measure(score, setup.train, setup.test, config.seed)}
+    done.write_text(json.dumps(values))
+    return values
+
+
+def load(folder: RunFolder) -> tuple[Score, build.Setup]:
+    """The averaged model of a run's newest checkpoint, with its data."""
+    config = folder.read_config()
+    setup = build.build(config)
+    state = checkpoint.load(checkpoint.find(folder.checkpoints))
+    setup.score.load_state_dict(state["trainer"]["ema"]["module"])
+    return setup.score, setup
+
+
+def format_table(rows: Sequence[dict[str, Any]], factor: float) -> str:
+    """Markdown: one line per density and kind, mean over seeds and, with several, half the range as the spread."""
+    lines = [f"| density | kind | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
+    for density, kind in dict.fromkeys((row["density"], row["kind"]) for row in rows):
+        group = [
+            r for r in rows if (r["density"], r["kind"]) == (density, kind) and r["factor"] in (0.0, factor)
+        ]
+        cells = []
+        for column in COLUMNS:
+            values = torch.tensor([r[column] for r in group], dtype=torch.float64)
+            spread = (values.max() - values.min()) / 2
+            cells.append(f"{values.mean():.4g}" + (f" ± {spread:.1g}" if len(group) > 1 else ""))
+        lines.append(f"| {density} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
