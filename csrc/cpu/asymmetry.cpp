@@ -11,19 +11,21 @@ void asymmetry(const T* jv, const T* vjp, acc_t<T>* penalty, acc_t<T>* nasym, ac
   for (int64_t b = 0; b < batch; ++b) {
     double difference = 0, norms = 0, slope = 0;
     for (int64_t k = 0; k < probes; ++k) {
-      const int64_t at = (k * batch + b) * dim;
-      A rr = 0, nn = 0, rj = 0;
+      const int64_t end = (k * batch + b + 1) * dim;
+      for (int64_t begin = end - dim; begin < end; begin += kBlock) {
+        A rr = 0, nn = 0, rj = 0;
 #pragma omp simd reduction(+ : rr, nn, rj)
-      for (int64_t i = 0; i < dim; ++i) {
-        const A forward = load(jv[at + i]), backward = load(vjp[at + i]), r = forward - backward;
-        rr += r * r;
-        nn += forward * forward + backward * backward;
-        rj += r * forward;
-        seed[at + i] = store<T>(A(2) / static_cast<A>(probes) * r);
+        for (int64_t i = begin; i < std::min(end, begin + kBlock); ++i) {
+          const A forward = load(jv[i]), backward = load(vjp[i]), r = forward - backward;
+          rr += r * r;
+          nn += forward * forward + backward * backward;
+          rj += r * forward;
+          seed[i] = store<T>(A(2) / static_cast<A>(probes) * r);
+        }
+        difference += rr;
+        norms += nn;
+        slope += rj;
       }
-      difference += rr;
-      norms += nn;
-      slope += rj;
     }
     penalty[b] = static_cast<A>(0.5 * difference / static_cast<double>(probes));
     nasym[b] = static_cast<A>(norms == 0 ? 0.0 : 0.5 * difference / norms);

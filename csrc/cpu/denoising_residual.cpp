@@ -13,9 +13,8 @@ void denoising_residual(const T* score, const acc_t<T>* std, const acc_t<T>* wei
   RowSums squares(rows, cols);
 #pragma omp parallel for schedule(static) if (n > kGrain)
   for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
-    alignas(64) float drawn[kBlock];
     const int64_t begin = k * kBlock, end = std::min(n, begin + kBlock);
-    const auto run = [&](auto z, int64_t row, int64_t at, int64_t count) {
+    const auto run = [&](int64_t row, int64_t at, int64_t count, const auto* z) {
       const A s = std[row], slope = 2 * weight[row] * s;
       double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -24,14 +23,12 @@ void denoising_residual(const T* score, const acc_t<T>* std, const acc_t<T>* wei
         gradient[at + i] = store<T>(slope * r);
         sum += static_cast<double>(r) * static_cast<double>(r);
       }
-      squares.part(k, row) = sum;
+      squares.part(k, row) += sum;
     };
     if (z_in) {
-      for_runs(begin, end, cols, [&](int64_t row, int64_t at, int64_t count) { run(z_in + at, row, at, count); });
+      for_runs(begin, end, cols, [&](int64_t row, int64_t at, int64_t count) { run(row, at, count, z_in + at); });
     } else {
-      fill_normals(philox, begin, end - begin, drawn);
-      for_runs(begin, end, cols,
-               [&](int64_t row, int64_t at, int64_t count) { run(drawn + (at - begin), row, at, count); });
+      for_noisy_runs(philox, begin, end, cols, run);
     }
   }
   for (int64_t row = 0; row < rows; ++row)

@@ -1,6 +1,6 @@
 // The coefficients of a Langevin step, from the batch means of the norms of score and noise; sde_step takes the step.
-#include "row_sums.h"
 #include "noise.h"
+#include "row_sums.h"
 
 namespace qcsbm::QCSBM_ISA {
 
@@ -14,20 +14,17 @@ void langevin_coefficients(const T* score, double snr, const acc_t<T>* alpha, ui
   RowSums score_squares(rows, cols), noise_squares(rows, cols);
 #pragma omp parallel for schedule(static) if (n > kGrain)
   for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
-    alignas(64) float z[kBlock];
     const int64_t begin = k * kBlock, end = std::min(n, begin + kBlock);
-    fill_normals(philox, begin, end - begin, z);
-    for_runs(begin, end, cols, [&](int64_t row, int64_t at, int64_t count) {
-      const float* zi = z + (at - begin);
+    for_noisy_runs(philox, begin, end, cols, [&](int64_t row, int64_t at, int64_t count, const float* z) {
       double ss = 0, zz = 0;
 #pragma omp simd reduction(+ : ss, zz)
       for (int64_t i = 0; i < count; ++i) {
         const double si = load(score[at + i]);
         ss += si * si;
-        zz += static_cast<double>(zi[i]) * static_cast<double>(zi[i]);
+        zz += static_cast<double>(z[i]) * static_cast<double>(z[i]);
       }
-      score_squares.part(k, row) = ss;
-      noise_squares.part(k, row) = zz;
+      score_squares.part(k, row) += ss;
+      noise_squares.part(k, row) += zz;
     });
   }
   double score_norm = 0, noise_norm = 0;

@@ -10,7 +10,9 @@
 
 #if defined(__SSE2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header (bug 105593)
+// GCC 12 warns of its own header (bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -105,23 +107,31 @@ class Philox {
   uint64_t offset_;
 };
 
-// Standard normals first, ..., first + count - 1 of the draw; `first` is a multiple of 4, and `out` has room for
-// `count` rounded up to a multiple of kBatchNormals.
-inline void fill_normals(const Philox& philox, int64_t first, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kBatchNormals) {
-    alignas(64) WordArray w;
-    philox.words((first + i) / 4, w);
-    float* z = out + i;
+// Standard normals first, first + 1, ... of the draw; `first` is a multiple of 4.
+inline void fill_normals(const Philox& philox, int64_t first, float (&z)[kBatchNormals]) {
+  alignas(64) WordArray w;
+  philox.words(first / 4, w);
 #pragma omp simd
-    for (int64_t l = 0; l < kBatch; ++l) {
-      float z0, z1, z2, z3;
-      box_muller(w[0][l], w[1][l], z0, z1);
-      box_muller(w[2][l], w[3][l], z2, z3);
-      z[4 * l] = z0;
-      z[4 * l + 1] = z1;
-      z[4 * l + 2] = z2;
-      z[4 * l + 3] = z3;
-    }
+  for (int64_t l = 0; l < kBatch; ++l) {
+    float z0, z1, z2, z3;
+    box_muller(w[0][l], w[1][l], z0, z1);
+    box_muller(w[2][l], w[3][l], z2, z3);
+    z[4 * l] = z0;
+    z[4 * l + 1] = z1;
+    z[4 * l + 2] = z2;
+    z[4 * l + 3] = z3;
+  }
+}
+
+// Calls f(row, first, count, z) for every run of consecutive elements [begin, end) that lies in one row, with their
+// normals; `begin` is a multiple of 4. Short batches: the processor fetches one from memory while it draws the next.
+template <class F>
+inline void for_noisy_runs(const Philox& philox, int64_t begin, int64_t end, int64_t cols, F&& f) {
+  alignas(64) float z[kBatchNormals];
+  for (int64_t batch = begin; batch < end; batch += kBatchNormals) {
+    fill_normals(philox, batch, z);
+    for_runs(batch, std::min(end, batch + kBatchNormals), cols,
+             [&](int64_t row, int64_t first, int64_t count) { f(row, first, count, z + (first - batch)); });
   }
 }
 

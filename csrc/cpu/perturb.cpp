@@ -10,19 +10,16 @@ void perturb(const T* x0, const acc_t<T>* mean, const acc_t<T>* std, uint64_t se
   const Philox philox(seed, offset);
 #pragma omp parallel for schedule(static) if (n > kGrain)
   for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
-    alignas(64) float z[kBlock];
     const int64_t begin = k * kBlock, end = std::min(n, begin + kBlock);
-    fill_normals(philox, begin, end - begin, z);
-    for_runs(begin, end, cols, [&](int64_t row, int64_t at, int64_t count) {
+    for_noisy_runs(philox, begin, end, cols, [&](int64_t row, int64_t at, int64_t count, const float* z) {
       const A m = mean[row], s = std[row];
-      const float* zi = z + (at - begin);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) x[at + i] = store<T>(m * load(x0[at + i]) + s * static_cast<A>(zi[i]));
+      for (int64_t i = 0; i < count; ++i) x[at + i] = store<T>(m * load(x0[at + i]) + s * static_cast<A>(z[i]));
+      if (z_out) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) z_out[at + i] = store<T>(z[i]);
+      }
     });
-    if (z_out) {
-#pragma omp simd
-      for (int64_t i = 0; i < end - begin; ++i) z_out[begin + i] = store<T>(z[i]);
-    }
   }
 }
 

@@ -7,10 +7,10 @@ template <typename T>
 void philox_normal(uint64_t seed, uint64_t offset, T* out, int64_t n) {
   const Philox philox(seed, offset);
 #pragma omp parallel for schedule(static) if (n > kGrain)
-  for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
-    alignas(64) float z[kBlock];
-    const int64_t begin = k * kBlock, count = std::min(kBlock, n - begin);
-    fill_normals(philox, begin, count, z);
+  for (int64_t k = 0; k < blocks_of(n, kBatchNormals); ++k) {
+    alignas(64) float z[kBatchNormals];
+    const int64_t begin = k * kBatchNormals, count = std::min(kBatchNormals, n - begin);
+    fill_normals(philox, begin, z);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) out[begin + i] = store<T>(z[i]);
   }

@@ -10,17 +10,14 @@ void sde_step(const T* x, const T* score, const acc_t<T>* a, const acc_t<T>* b, 
   const Philox philox(seed, offset);
 #pragma omp parallel for schedule(static) if (n > kGrain)
   for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
-    alignas(64) float z[kBlock];
     const int64_t begin = k * kBlock, end = std::min(n, begin + kBlock);
-    fill_normals(philox, begin, end - begin, z);
-    for_runs(begin, end, cols, [&](int64_t row, int64_t at, int64_t count) {
+    for_noisy_runs(philox, begin, end, cols, [&](int64_t row, int64_t at, int64_t count, const float* z) {
       const A ar = a[row], br = b[row], cr = c[row];
-      const float* zi = z + (at - begin);
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const A m = ar * load(x[at + i]) + br * load(score[at + i]);
         mean[at + i] = store<T>(m);
-        next[at + i] = store<T>(m + cr * static_cast<A>(zi[i]));
+        next[at + i] = store<T>(m + cr * static_cast<A>(z[i]));
       }
     });
   }

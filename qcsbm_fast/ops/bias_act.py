@@ -187,5 +187,6 @@ def bias_act_jvp(
     Args as `bias_act`, and tangents: `(K, *, C)`, dtype and device of `x`.
     """
     x, bias, p = _checked(x, bias, p, kind)
+    tangents = floating("bias_act", "tangents", tangents)
     tangents = like("bias_act", "tangents", tangents, x, lead=tangents.shape[:1])
     return _jvp(x, tangents, bias, p, kind, constant)

@@ -59,14 +59,14 @@ def per_sample(op: str, argument: str, value: Tensor | float, x: Tensor) -> Tens
         return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
     if not isinstance(value, Tensor) or value.shape != x.shape[:1] or value.device != x.device:
         fail(op, argument, f"one number per sample, ({x.shape[0]},) on {x.device}", value)
-    return value.to(dtype).contiguous()
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
 
 
 def noise_state(op: str, state: Tensor, device: torch.device | None = None) -> Tensor:
     """`state` if it is an int64 `(2,)` tensor on `device` (None: any), as `NoiseStream.draw()` returns it."""
-    where = "" if device is None else f" on {device}"
     if not isinstance(state, Tensor):
         raise TypeError(f"{op}: state expected a tensor, got {describe(state)}")
     if state.dtype != torch.int64 or state.shape != (2,) or device not in (None, state.device):
+        where = "" if device is None else f" on {device}"
         fail(op, "state", f"int64 (2,){where}, as NoiseStream.draw() returns it", state)
     return state.contiguous()
