@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import ninja
 import pybind11
 import torch
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -29,7 +30,7 @@ OLDEST_TORCH = (2, 10)
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 # One copy of every CPU kernel per instruction set, chosen at run time.
-INSTRUCTION_SETS = {"baseline": [""]}
+INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS = {
         "baseline": [],
@@ -55,14 +56,35 @@ def cuda_toolkit() -> tuple[Path | None, str]:
     if wanted == "0":
         return None, "switched off at build time by QCSBM_CUDA=0"
     if wanted == "1" and nvcc is None:
-        sys.exit("QCSBM_CUDA=1 needs nvcc: install the CUDA toolkit (12.4 or newer) and set CUDA_HOME to its folder.")
+        sys.exit(
+            "QCSBM_CUDA=1 needs nvcc: install the CUDA toolkit (12.4 or newer) and set CUDA_HOME to its folder."
+        )
     if wanted == "1" and torch.version.cuda is None:
-        sys.exit("QCSBM_CUDA=1 needs a CUDA build of torch: install one before building without build isolation.")
+        sys.exit(
+            "QCSBM_CUDA=1 needs a CUDA build of torch: install one before building without build isolation."
+        )
     if nvcc is None:
         return None, "no nvcc at build time (CUDA_HOME or /usr/local/cuda)"
     if torch.version.cuda is None:
         return None, "built beside a CPU build of torch"
     return nvcc, "built"
+
+
+class Edge(NamedTuple):
+    """One compiler call; `variant` tells apart the objects of one source."""
+
+    rule: str
+    source: Path
+    flags: list[str]
+    variant: str = ""
+
+    @property
+    def object(self) -> str:
+        return "_".join([*self.source.relative_to(ROOT / "csrc").parts, self.variant]).rstrip("_") + ".o"
+
+
+def sources(pattern: str) -> list[Path]:
+    return sorted((ROOT / "csrc").glob(pattern))
 
 
 def cuda_arch_flags(architectures: str) -> list[str]:
@@ -78,66 +100,73 @@ def cuda_arch_flags(architectures: str) -> list[str]:
     return flags
 
 
+def build_record(cxx: str, cuda: str, architectures: str) -> str:
+    """What `qcsbm info` tells of the build, as a C++ header."""
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    record = {
+        "torch": torch.__version__,
+        "compiler": version,
+        "instruction_sets": " ".join(INSTRUCTION_SETS),
+        "cuda": cuda,
+        "cuda_architectures": architectures,
+    }
+    return f'#define QCSBM_BUILD_RECORD R"({json.dumps(record)})"\n'
+
+
 class NinjaBuild(build_ext):
     """Compiles every object with ninja, then lets setuptools link each extension from its objects."""
 
     def build_extensions(self) -> None:
-        nvcc, cuda_reason = cuda_toolkit()
+        nvcc, cuda = cuda_toolkit()
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES if nvcc else ""
+        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
-        common = ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        common += ["-ffp-contract=fast", "-fno-math-errno", *os.environ.get("CXXFLAGS", "").split()]
-        stable = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)]
-        stable += [f"-isystem{path}" for path in include_paths()]
-        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
+        (folder / "build_record.h").write_text(build_record(cxx, cuda, architectures))
 
-        compiles: dict[str, list[tuple[str, Path, list[str]]]] = {"qcsbm_fast._ops": [], "qcsbm_fast._host": []}
-        ops = compiles["qcsbm_fast._ops"]
-        for isa, flags in INSTRUCTION_SETS.items():
-            for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-                ops.append(("cxx", source, [*common, *flags, "-fopenmp", f"-DQCSBM_ISA={isa}"]))
-        ops += [("cxx", s, [*common, "-O1", *stable]) for s in sorted((ROOT / "csrc/register").glob("*.cpp"))]
-        if nvcc:
-            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
-            nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_arch_flags(architectures)]
-            ops += [("nvcc", s, nvcc_flags) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-            ops += [("cxx", s, [*common, "-O1", *stable]) for s in sorted((ROOT / "csrc/register/cuda").glob("*.cpp"))]
-        record = {
-            "torch": torch.__version__,
-            "compiler": subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.split("\n")[0],
-            "instruction_sets": " ".join(INSTRUCTION_SETS),
-            "cuda": cuda_reason,
-            "cuda_architectures": os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES if nvcc else "",
-        }
-        (folder / "build_record.h").write_text(f"#define QCSBM_BUILD_RECORD R\"({json.dumps(record)})\"\n")
-        host = [*common, *python, f"-I{folder}"]
-        compiles["qcsbm_fast._host"].append(("cxx", ROOT / "csrc/host.cpp", host))
-
-        self.run_ninja(folder, compiles, cxx, nvcc)
-        for ext in self.extensions:
-            ext.extra_objects = [str(folder / name) for name in self.objects[ext.name]]
-            ext.depends = ext.extra_objects
-        if nvcc:
-            cuda_lib = nvcc.parents[1] / "lib64"
-            ops_extension = next(e for e in self.extensions if e.name == "qcsbm_fast._ops")
-            if any(o.endswith(".cu.o") for o in ops_extension.extra_objects):
-                ops_extension.library_dirs.append(str(cuda_lib))
-                ops_extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        edges = self.edges(folder, architectures)
+        self.run_ninja(folder, edges, cxx, nvcc)
+        for extension in self.extensions:
+            extension.extra_objects = [str(folder / edge.object) for edge in edges[extension.name]]
+            extension.depends = extension.extra_objects
+            if nvcc and extension.name == "qcsbm_fast._ops":
+                extension.library_dirs.append(str(nvcc.parents[1] / "lib64"))
+                extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extensions()
 
-    def run_ninja(self, folder: Path, compiles: dict, cxx: str, nvcc: Path | None) -> None:
+    def edges(self, folder: Path, architectures: str) -> dict[str, list[Edge]]:
+        """What to compile for each extension."""
+        common = ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        common += ["-ffp-contract=fast", "-fno-math-errno", *os.environ.get("CXXFLAGS", "").split()]
+        target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+        torch_flags = [
+            *common,
+            "-O1",
+            "-DTORCH_STABLE_ONLY",
+            target,
+            *(f"-isystem{p}" for p in include_paths()),
+        ]
+        python = [f"-isystem{path}" for path in (pybind11.get_include(), *self.include_dirs)]
+
+        ops = [Edge("cxx", source, torch_flags) for source in sources("register/*.cpp")]
+        for isa, flags in INSTRUCTION_SETS.items():
+            isa_flags = [*common, *flags, "-fopenmp", f"-DQCSBM_ISA={isa}"]
+            ops += [Edge("cxx", source, isa_flags, isa) for source in sources("cpu/*.cpp")]
+        if architectures:
+            nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            nvcc_flags += cuda_arch_flags(architectures)
+            ops += [Edge("nvcc", source, nvcc_flags) for source in sources("cuda/*.cu")]
+            ops += [Edge("cxx", source, torch_flags) for source in sources("register/cuda/*.cpp")]
+        host = Edge("cxx", ROOT / "csrc/host.cpp", [*common, "-O1", *python, f"-I{folder}"])
+        return {"qcsbm_fast._ops": ops, "qcsbm_fast._host": [host]}
+
+    def run_ninja(self, folder: Path, edges: dict[str, list[Edge]], cxx: str, nvcc: Path | None) -> None:
         lines = ["ninja_required_version = 1.5"]
-        lines += ["rule cxx", f"  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-        lines += ["rule nvcc", f"  command = {nvcc} -MD -MF $out.d $flags -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-        self.objects: dict[str, list[str]] = {}
-        for extension, jobs in compiles.items():
-            self.objects[extension] = []
-            for rule, source, flags in jobs:
-                isa = next((f.split("=")[1] for f in flags if f.startswith("-DQCSBM_ISA")), "")
-                name = "_".join([*source.relative_to(ROOT / "csrc").parts, isa]).rstrip("_") + ".o"
-                self.objects[extension].append(name)
-                lines += [f"build {name}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+        for rule, compiler in (("cxx", cxx), ("nvcc", nvcc)):
+            lines += [f"rule {rule}", f"  command = {compiler} -MD -MF $out.d $flags -c $in -o $out"]
+            lines += ["  depfile = $out.d", "  deps = gcc"]
+        for edge in (edge for group in edges.values() for edge in group):
+            lines += [f"build {edge.object}: {edge.rule} {edge.source}", f"  flags = {' '.join(edge.flags)}"]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-j", jobs] if jobs else [])]
@@ -146,7 +175,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    packages=["qcsbm_fast", *(f"qcsbm_fast.{p}" for p in ("ops", "nn", "sampling", "metrics", "data", "train", "studies")), "qcsbm_fast.kernels"],
+    packages=[*find_packages(include=["qcsbm_fast", "qcsbm_fast.*"]), "qcsbm_fast.kernels"],
     package_dir={"qcsbm_fast.kernels": "kernels"},
     ext_modules=[
         Extension(

@@ -34,7 +34,9 @@ class PlainToyMLP(nn.Module):
         return x - self.head(self.join(h))
 
 
-def exact_jacobian_loss(network: nn.Module, x0: Tensor, factor: float, sigma_min: float, ratio: float) -> Tensor:
+def exact_jacobian_loss(
+    network: nn.Module, x0: Tensor, factor: float, sigma_min: float, ratio: float
+) -> Tensor:
     """Denoising loss plus `factor sigma^2 (tr J J^T - tr J J)`, the Jacobian by one differentiable VJP per output."""
     t = torch.rand(x0.shape[0])
     sigma = sigma_min * ratio**t

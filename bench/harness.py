@@ -34,7 +34,11 @@ def _synchronize() -> None:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, floors: dict[str, float] | None = None
+    functions: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 15,
+    warmup: int = 3,
+    floors: dict[str, float] | None = None,
 ) -> list[Row]:
     """Runs all functions in turn, `repeats` times; the first is the baseline of the speed-ups.
 
@@ -96,4 +100,5 @@ def report(title: str, rows: list[Row], **facts: object) -> None:
         print(f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>20}{row.speedup:>10.2f}{share:>10}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{title.split(':')[0].replace(' ', '_')}.json"
-    path.write_text(json.dumps({"machine": machine, **facts, "rows": [asdict(r) for r in rows]}, indent=1, default=str))
+    result = {"machine": machine, **facts, "rows": [asdict(r) for r in rows]}
+    path.write_text(json.dumps(result, indent=1, default=str))

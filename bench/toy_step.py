@@ -2,9 +2,10 @@
 
     python bench/toy_step.py
 
-Batch 5000, the paper's network, Adam and clipping included. The floor counts matrix products only, at the measured rate
-of the network's largest: one forward is 1 unit; a step costs 3 units without penalty, 9 in exact mode (two tangents,
-forward and backward; no transposed product is needed), 7 with one probe, and the sub-batch that share of the extra units.
+Batch 5000, the paper's network, Adam and clipping included. The floor counts matrix products only, at the
+measured rate of the network's largest: one forward is 1 unit; a step costs 3 units without penalty, 9 in exact mode
+(two tangents, forward and backward; no transposed product is needed), 7 with one probe, and the sub-batch that share
+of the extra units.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import harness
 import torch
-from baselines import PlainToyMLP, exact_jacobian_loss, nested_loss
 from torch import nn
 
+import harness
+from baselines import PlainToyMLP, exact_jacobian_loss, nested_loss
 from qcsbm_fast import DenoisingObjective, NoiseStream, Score, data
 from qcsbm_fast.nn import ToyMLP
 from qcsbm_fast.sde import VE
@@ -24,7 +25,7 @@ from qcsbm_fast.sde import VE
 FORWARD_FLOP = 2 * (2 * 64 + 64 * 128 + 128 * 256 + 257 * 2)
 
 
-def step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
     optimizer = torch.optim.Adam(module.parameters(), lr=7.5e-4, fused=True)
 
     def run() -> None:
@@ -36,20 +37,22 @@ def step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], No
     return run
 
 
-def ours(x0: torch.Tensor, **arguments: object) -> Callable[[], None]:
+def ours(x0: torch.Tensor, **arguments: object) -> Callable[[], object]:
     torch.manual_seed(0)
     score = Score(ToyMLP(), VE(0.1, 3.0), "quasi-conservative")
     objective = DenoisingObjective(score, stream=NoiseStream(0), half=False, t_min=0.0, **arguments)  # pyright: ignore[reportArgumentType]
     return step(objective, lambda: objective(x0).loss)
 
 
-def baseline(x0: torch.Tensor, loss: Callable[..., torch.Tensor]) -> Callable[[], None]:
+def baseline(x0: torch.Tensor, loss: Callable[..., torch.Tensor]) -> Callable[[], object]:
     torch.manual_seed(0)
     network = PlainToyMLP()
     return step(network, lambda: loss(network, x0, 0.1, 0.1, 30.0))
 
 
-def plain_denoising(network: nn.Module, x0: torch.Tensor, factor: float, low: float, ratio: float) -> torch.Tensor:
+def plain_denoising(
+    network: nn.Module, x0: torch.Tensor, factor: float, low: float, ratio: float
+) -> torch.Tensor:
     sigma = low * ratio ** torch.rand(x0.shape[0])
     z = torch.randn_like(x0)
     score = network(x0 + sigma[:, None] * z, sigma) / sigma[:, None]
@@ -57,7 +60,9 @@ def plain_denoising(network: nn.Module, x0: torch.Tensor, factor: float, low: fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=5000)
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
@@ -75,8 +80,13 @@ def main() -> None:
     }
     rate = harness.matmul_rate(arguments.batch, 128, 256)
     unit = FORWARD_FLOP * arguments.batch / rate
-    units = {"ours, exact": 9, "ours, exact, quarter batch": 4.5, "ours, one probe": 7, "ours, one probe, quarter batch": 4,
-             "ours, no penalty": 3}  # fmt: skip
+    units = {
+        "ours, exact": 9,
+        "ours, exact, quarter batch": 4.5,
+        "ours, one probe": 7,
+        "ours, one probe, quarter batch": 4,
+        "ours, no penalty": 3,
+    }
     rows = harness.interleaved(
         functions, repeats=arguments.repeats, floors={name: count * unit for name, count in units.items()}
     )

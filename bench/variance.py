@@ -2,10 +2,10 @@
 
     python bench/variance.py [RUN]
 
-RUN is a folder of `qcsbm train`; without one, a small image network is trained on the digits for a moment. The variance is
-the summed variance over all parameters of the gradient of `mean sigma^2 1/2 ||A||_F^2`, fresh data, times, noise and
-probes in each draw; the last column multiplies it by the time of the whole step (denoising loss included). Both are
-relative to the first row.
+RUN is a folder of `qcsbm train`; without one, a small image network is trained on the digits for a moment. The
+variance is the summed variance over all parameters of the gradient of `mean sigma^2 1/2 ||A||_F^2`, fresh data, times,
+noise and probes in each draw; the last column multiplies it by the time of the whole step (denoising loss included).
+All are relative to the first row.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import harness
 import torch
 from torch import Tensor
 
+import harness
 from qcsbm_fast import DenoisingObjective, NoiseStream, Score
 from qcsbm_fast.nn import ImageMLP
 from qcsbm_fast.sde import VE
@@ -43,11 +43,15 @@ def penalty_gradient(score: Score, train: Tensor, batch: int, **arguments: objec
     def draw() -> Tensor:
         x0 = train[torch.randint(len(train), (batch,), generator=generator)]
         grads = []
-        for factor in (1.0, 0.0):  # the same draw with and without the penalty: their difference is the penalty's
+        for factor in (
+            1.0,
+            0.0,
+        ):  # the same draw with and without the penalty: their difference is the penalty's
             objective.balancing_factor = factor or 1e-30
             objective.stream.load_state_dict(state)
             gradient = torch.autograd.grad(objective(x0).loss, parameters, allow_unused=True)
-            grads.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradient, strict=True)]).double())
+            flat = [g.flatten() for g in gradient if g is not None]
+            grads.append(torch.cat(flat).double())
         return grads[0] - grads[1]
 
     def next_draw() -> Tensor:
@@ -85,7 +89,9 @@ def digits() -> tuple[Score, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--draws", type=int, default=200)
@@ -100,7 +106,9 @@ def main() -> None:
         draw = penalty_gradient(score, train, arguments.batch, **options)
         samples = torch.stack([draw() for _ in range(arguments.draws)])
         variances[name] = samples.var(0).sum().item()
-    rows = harness.interleaved({name: step(score, train, arguments.batch, **options) for name, options in CASES.items()})
+    rows = harness.interleaved(
+        {name: step(score, train, arguments.batch, **options) for name, options in CASES.items()}
+    )
     first = variances[rows[0].name]
     print(f"{'':<34}{'variance':>10}{'step time':>11}{'product':>9}")
     for row in rows:

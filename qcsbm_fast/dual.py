@@ -8,7 +8,7 @@ primal once. Tangents are explicit because PyTorch's implicit forward mode gives
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -123,24 +123,14 @@ Value: TypeAlias = Tensor | Dual
 V = TypeVar("V", Tensor, Dual)
 
 
-@overload
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-@overload
-def linear(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual: ...
-def linear(x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
+def linear(x: V, weight: Tensor, bias: Tensor | None = None) -> V:
     """`x W^T + bias`; tangents lose the bias."""
     if isinstance(x, Dual):
         return Dual(F.linear(x.primal, weight, bias), F.linear(x.tangents, weight))
     return F.linear(x, weight, bias)
 
 
-@overload
-def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
-) -> Tensor: ...
-@overload
-def conv2d(x: Dual, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Dual: ...
-def conv2d(x: Value, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Value:
+def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> V:
     """Convolution of images `(B, C, H, W)`; the tangents are one batch of `K B` images, without the bias."""
     if isinstance(x, Dual):
         tangents = F.conv2d(x.tangents.flatten(0, 1), weight, None, stride, padding)
@@ -158,9 +148,7 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
     if dim % duals[0].primal.dim() == 0:
         raise ValueError("cat: dim expected a dimension other than the batch (0) for duals")
     probes = duals[0].tangents.shape[0]
-    tangents = [
-        v.tangents if isinstance(v, Dual) else v.new_zeros((probes, *v.shape)) for v in values
-    ]
+    tangents = [v.tangents if isinstance(v, Dual) else v.new_zeros((probes, *v.shape)) for v in values]
     at = dim + 1 if dim > 0 else dim
     return Dual(
         torch.cat([v.primal if isinstance(v, Dual) else v for v in values], dim), torch.cat(tangents, at)

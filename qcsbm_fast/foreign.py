@@ -50,7 +50,9 @@ def push(fn: Callable[[Any], Any], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor
             other, as when a custom backward drops terms.
     """
     rewind = rewinder(x.device)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have neither forward mode nor a second derivative
+    with sdpa_kernel(
+        SDPBackend.MATH
+    ):  # the fused attention kernels have neither forward mode nor a second derivative
         try:
             return _forward_mode(fn, x, v, rewind)
         except (NotImplementedError, RuntimeError) as error:
@@ -92,7 +94,7 @@ def _nested_vjp(fn: Callable[[Any], Any], x: Tensor, v: Tensor) -> tuple[Tensor,
     scale = v[0].norm() * (jv[0].norm() + check.norm())
     if (forward - backward).abs() > _ADJOINT_TOLERANCE.get(value.dtype, 5e-2) * scale:
         raise RuntimeError(
-            f"fn: <v, J v> = {forward.item():.6g} but <J^T v, v> = {backward.item():.6g}: a custom backward in fn drops "
-            "second-order terms; write it with differentiable torch functions"
+            f"fn: <v, J v> = {forward.item():.6g} but <J^T v, v> = {backward.item():.6g}: a custom backward in fn "
+            "drops second-order terms; write it with differentiable torch functions"
         )
     return (value, jv) if differentiable else (value.detach(), jv)

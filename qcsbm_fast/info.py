@@ -51,13 +51,20 @@ def backends() -> dict[str, str]:
     triton = "live" if importlib.util.find_spec("triton") else "off: the package triton is not installed"
     if triton == "live" and not torch.cuda.is_available():
         triton = "off: torch sees no GPU"
-    return {"reference": "live (plain torch, any device)", "CPU kernels": native, "CUDA kernels": gpu, "Triton kernels": triton}
+    return {
+        "reference": "live (plain torch, any device)",
+        "CPU kernels": native,
+        "CUDA kernels": gpu,
+        "Triton kernels": triton,
+    }
 
 
 def report() -> str:
     """The text of `qcsbm info`."""
     packages = [
-        f"  {name:<14}{metadata.version(name)}" for name in ("qcsbm-fast", "torch", "numpy") if _installed(name)
+        f"  {name:<14}{metadata.version(name)}"
+        for name in ("qcsbm-fast", "torch", "numpy")
+        if _installed(name)
     ]
     record = [f"  {key.replace('_', ' '):<20}{value}" for key, value in build_record().items() if value]
     lines = ["Versions", f"  {'python':<14}{platform.python_version()} on {platform.machine()}", *packages]

@@ -34,7 +34,9 @@ def inclusion_probabilities(weight: Tensor, count: int) -> Tensor:
     """`(N,)` in (0, 1], proportional to `weight` `(N,)` > 0 where that stays below 1, summing to `count` <= N."""
     w, order = torch.sort(weight.double(), descending=True)
     rank = torch.arange(w.shape[0], device=w.device)
-    scale = (count - rank) / w.flip(0).cumsum(0).flip(0)  # if the `rank` heaviest samples are certain to be drawn
+    scale = (count - rank) / w.flip(0).cumsum(0).flip(
+        0
+    )  # if the `rank` heaviest samples are certain to be drawn
     certain = (scale * w > 1).long().cumprod(0).sum()
     share = scale.gather(0, certain.clamp(max=w.shape[0] - 1)[None]) * w
     probability = torch.where(rank < certain, 1.0, share.clamp(max=1.0))
@@ -63,8 +65,8 @@ class DenoisingObjective(nn.Module):
         c ||sigma s(x_t, t) + z||^2  +  balancing_factor sigma^2 1/2 ||J - J^T||_F^2,   c = 1/2 (or 1: `half=False`).
 
     With `fraction` below 1 the penalty is evaluated on that share of the batch. The samples are drawn without
-    repetition with probabilities `pi` proportional to `time_density` at their times and weighted by `1 / (N pi)`, so that
-    the expected gradient is the full batch's; a density proportional to `1 / sigma` spends the work where `||A||_F^2`
+    repetition with probabilities `pi` proportional to `time_density` at their times and weighted by `1 / (N pi)`: the
+    expected gradient is the full batch's; a density proportional to `1 / sigma` spends the work where `||A||_F^2`
     is large and its variance with it. The drawn samples go through the network as duals, the rest as plain tensors,
     and one `backward()` serves both terms.
 
@@ -105,7 +107,9 @@ class DenoisingObjective(nn.Module):
         if balancing_factor < 0:
             raise ValueError(f"balancing_factor: expected 0 or more, got {balancing_factor}")
         if balancing_factor > 0 and score.kind == "conservative":
-            raise ValueError("balancing_factor: a conservative score has no asymmetry to penalise; set it to 0")
+            raise ValueError(
+                "balancing_factor: a conservative score has no asymmetry to penalise; set it to 0"
+            )
         self.score = score
         self.stream = stream
         self.balancing_factor = balancing_factor

@@ -1,7 +1,7 @@
 """The asymmetry penalty `1/2 ||J - J^T||_F^2` of a vector field (Chao et al. 2023), without double backward.
 
-With `A = J - J^T` and probes `E v v^T = I`, `1/2 ||A v||^2` is unbiased for the penalty and never negative. One dual pass
-gives `J v`, one plain VJP `J^T v`; with `r = A v` held constant the gradient is that of a surrogate that is linear in `J`:
+With `A = J - J^T` and probes `E v v^T = I`, `1/2 ||A v||^2` is unbiased for the penalty and never negative. One dual
+pass gives `J v`, one plain VJP `J^T v`; with `r = A v` held constant the gradient is that of a surrogate linear in `J`:
 
 * one-sided, `2 <r, J v>`: unbiased, since `d(1/2 ||A||_F^2) = 2 tr(A^T dJ)` for antisymmetric `A`;
 * symmetric, `<r, J v> - <v, J r>`: the exact gradient of `1/2 ||A v||^2`, of lower variance, with a second dual pass.

@@ -23,8 +23,8 @@ def _column(values: Tensor, x: Any) -> Tensor:
 class _EnergyScore(torch.autograd.Function):
     """`s = -grad ||f||^2 / (2 sigma) = -J_f^T f / sigma`, first-order differentiable without double backward.
 
-    `J_s = -H / sigma` is symmetric, so for a cotangent `g` both `J_s^T g` and the parameters' gradient of `<g, s>` are the
-    gradients of the scalar `-<J_f g, f> / sigma`: one dual pass and one ordinary backward.
+    `J_s` is symmetric, so for a cotangent `g` both `J_s^T g` and the parameters' gradient of `<g, s>` are gradients
+    of the scalar `-<J_f g, f> / sigma`: one dual pass and one ordinary backward.
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class _EnergyScore(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, sigma = ctx.saved_tensors
         parameters = [p for p in ctx.network.parameters() if p.requires_grad]
         ctx.rewind()
@@ -95,5 +95,3 @@ class Score(nn.Module):
             score = self._energy_score(leaf, sigma)
             tangents = [torch.autograd.grad(score, leaf, v, retain_graph=True)[0] for v in x.tangents]
         return Dual(score if torch.is_grad_enabled() else score.detach(), torch.stack(tangents))
-
-

@@ -87,7 +87,9 @@ def test_tangents_are_differentiable_in_the_parameters(name):
     params = [p for p in net.parameters() if p.requires_grad]
     out = fn(Dual(x, v))
     loss = (out.tangents * w).sum() + out.primal.square().sum()
-    ours = torch.autograd.grad(loss, params, allow_unused=True)  # against a central difference of fourth order
+    ours = torch.autograd.grad(
+        loss, params, allow_unused=True
+    )  # against a central difference of fourth order
     direction = [torch.randn_like(p) / p.numel() ** 0.5 for p in params]
 
     def at(step):

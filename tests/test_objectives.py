@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import exact_penalty, parameter_gradient
-from test_penalty import PlainToy
 
+from oracles import exact_penalty, parameter_gradient
 from qcsbm_fast import NoiseStream, ops
 from qcsbm_fast.nn import ToyMLP
 from qcsbm_fast.objectives import DenoisingObjective, inclusion_probabilities, systematic_order
 from qcsbm_fast.score import Score
 from qcsbm_fast.sde import VE
+from test_penalty import PlainToy
 
 
 def make(**arguments):
@@ -50,7 +50,9 @@ def test_inclusion_probabilities():
     weight = torch.tensor([1.0, 2.0, 100.0, 3.0, 50.0])
     p = inclusion_probabilities(weight, 3)
     torch.testing.assert_close(p, torch.tensor([1 / 6, 1 / 3, 1.0, 0.5, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(inclusion_probabilities(torch.ones(8), 2), torch.full((8,), 0.25, dtype=torch.float64))
+    torch.testing.assert_close(
+        inclusion_probabilities(torch.ones(8), 2), torch.full((8,), 0.25, dtype=torch.float64)
+    )
     torch.testing.assert_close(inclusion_probabilities(weight, 5), torch.ones(5, dtype=torch.float64))
     for seed in range(20):
         w = torch.rand(97, generator=torch.Generator().manual_seed(seed)) ** 6 + 1e-4
@@ -80,9 +82,14 @@ def test_the_sub_batch_is_unbiased(density):
     _, full = make(balancing_factor=0.1, exact=True, half=False)
     _, part = make(balancing_factor=0.1, exact=True, half=False, fraction=0.25, time_density=density)
     x0 = torch.randn(16, 2, dtype=torch.float64)
+
+    def draw(objective):
+        stats = objective(x0).stats
+        return torch.stack([stats[key] for key in ("dsm", "penalty", "asym")])
+
     with torch.no_grad():
         totals = {
-            name: torch.stack([torch.stack([objective(x0).stats[key] for key in ("dsm", "penalty", "asym")]) for _ in range(300)])
+            name: torch.stack([draw(objective) for _ in range(300)])
             for name, objective in (("full", full), ("part", part))
         }
     difference = totals["part"].mean(0) - totals["full"].mean(0)

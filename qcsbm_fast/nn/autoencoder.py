@@ -19,8 +19,13 @@ class Autoencoder(nn.Module):
 
     def __init__(self, dim: int = 2, hidden: int = 2):
         super().__init__()
-        for name, shape in (("R", (dim, hidden)), ("W", (dim, hidden)), ("b", (hidden,)), ("c", (dim,))):
-            setattr(self, name, nn.Parameter(torch.empty(shape).uniform_(-1, 1)))
+
+        def uniform(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-1, 1))
+
+        self.R, self.W = uniform(dim, hidden), uniform(dim, hidden)
+        self.b, self.c = uniform(hidden), uniform(dim)
 
     def forward(self, x: V) -> V:
-        return dual.linear(bias_act(dual.linear(x, self.W.T), self.b, None, "swish"), self.R, self.c)
+        hidden = bias_act(dual.linear(x, self.W.T), self.b, None, "swish")
+        return dual.linear(hidden, self.R, self.c)

@@ -35,7 +35,7 @@ class Activation(nn.Module):
 
 
 class LinearSwish(nn.Linear):
-    """Linear layer and Swish with one learnt parameter per channel, bias and activation in one pass: `(*, C) -> (*, D)`."""
+    """Linear layer and Swish, one learnt parameter per channel; bias and activation in one pass: `(*, C) -> (*, D)`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)

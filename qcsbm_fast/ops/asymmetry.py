@@ -40,9 +40,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, penalty: Tensor | None, nasym: Tensor | None, surrogate: Tensor | None, seed: Any) -> Any:
+def _backward(
+    ctx: Any, penalty: Tensor | None, nasym: Tensor | None, surrogate: Tensor | None, seed: Any
+) -> Any:
     if penalty is not None or nasym is not None or seed is not None:
-        raise NotImplementedError("asymmetry: only the surrogate has a gradient; call surrogate.sum().backward()")
+        raise NotImplementedError(
+            "asymmetry: only the surrogate has a gradient; call surrogate.sum().backward()"
+        )
     if surrogate is None:
         return None, None
     (saved,) = ctx.saved_tensors

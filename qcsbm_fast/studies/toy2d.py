@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcsbm_fast import data
 from qcsbm_fast.likelihood import log_likelihood
 from qcsbm_fast.metrics import asymmetry_by_level, precision_recall, score_error
 from qcsbm_fast.random import NoiseStream

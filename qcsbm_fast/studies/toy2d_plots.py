@@ -64,9 +64,13 @@ def factor_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for ax, (column, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         values = [[r[column] for r in ours if r["factor"] == factor] for factor in factors]
         ax.plot(factors, [np.mean(v) for v in values], marker="o", markersize=4, color="#1f5fa8")
-        ax.fill_between(factors, [min(v) for v in values], [max(v) for v in values], color="#1f5fa8", alpha=0.2)
+        ax.fill_between(
+            factors, [min(v) for v in values], [max(v) for v in values], color="#1f5fa8", alpha=0.2
+        )
         if free:
-            ax.axhline(float(np.mean([r[column] for r in free])), color="0.5", linestyle="--", label="unconstrained")
+            ax.axhline(
+                float(np.mean([r[column] for r in free])), color="0.5", linestyle="--", label="unconstrained"
+            )
         ax.set(xscale="log", xlabel="balancing factor", title=label)
         if column in ("asym", "nasym"):
             ax.set_yscale("log")
