@@ -1,0 +1,239 @@
+"""The table of ops that tests and benches run over: how each is called, in which sizes, and what it promises.
+
+A new op needs one entry in TABLE. `arguments(entry, variant, size, dtype)` gives the positional arguments of
+`OPS[name]`, which is also how its reference and `Entry.public` are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcsbm_fast import ops
+from qcsbm_fast.ops import backend
+from qcsbm_fast.ops.registry import OPS, accumulate_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+Size = tuple[int, ...]
+
+
+class Draw:
+    """Random arguments of one call: the same numbers for every dtype, up to rounding."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0):
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, dtype=torch.float64, generator=self.generator).to(self.dtype)
+
+    def vector(self, size: int) -> Tensor:
+        """Coefficients in [0.5, 1.5) in the accumulation dtype."""
+        values = torch.rand(size, dtype=torch.float64, generator=self.generator) + 0.5
+        return values.to(accumulate_dtype(self.dtype))
+
+    def state(self) -> Tensor:
+        """A seed and an offset that need both of their 32-bit words."""
+        return torch.randint(2**62, (2,), generator=self.generator)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One op.
+
+    Its error may be twice that of the same-dtype reference, plus `ulps` x eps x the largest value.
+    """
+
+    variants: dict[str, Callable[[Draw, Size], tuple[Any, ...]]]
+    sizes: dict[str, Size]
+    public: Callable[..., Any] | None = None
+    """The public function over the op's arguments; None where the op is reached through a derivative only."""
+    differentiable: tuple[int, ...] = ()
+    """Positions of the arguments that have a gradient."""
+    order: int = 0
+    """How many derivatives exist; asking for the next raises."""
+    tangent_of: str | None = None
+    """For an op `(x, tangents, *rest) -> (y, ydot)`: the op `(x, *rest) -> y`."""
+    noise: bool = False
+    """Whether it draws normals, which agree to a few float32 ulp in any dtype."""
+    ulps: float = 4.0
+    bench: Size = ()
+
+
+# The odd size is what derivatives are checked on; the large one is shared between threads.
+BATCHES: dict[str, Size] = {
+    "empty": (0, 5),
+    "no-features": (3, 0),
+    "one": (1, 1),
+    "numbers": (37,),
+    "odd": (3, 5, 7),
+    "image": (2, 3, 8, 6),
+    "points": (1500, 2),
+    "large": (3, 67, 331),
+}
+ROWS: dict[str, Size] = {
+    "empty": (0, 5),
+    "no-channels": (3, 0),
+    "one": (1, 1),
+    "odd": (7, 13),
+    "image": (2, 3, 8, 6),
+    "wide": (5, 700),
+    "large": (300, 131),
+}
+LENGTHS: dict[str, Size] = {"empty": (0,), "one": (1,), "odd": (5, 27), "large": (7, 9001)}
+
+
+def _fill(d: Draw, size: Size) -> tuple[Any, ...]:
+    return d.state(), list(size), d.dtype
+
+
+def _activation(
+    kind: str,
+    constant: float,
+    *,
+    lead: Size | None = None,
+    learnt: bool = True,
+    grads: int = 0,
+    g: bool = True,
+) -> Callable[[Draw, Size], tuple[Any, ...]]:
+    """Arguments `([g], [gdot], x, [tangents], bias, p, kind, constant)`: `lead` is `(K,)`, `grads` their cotangents."""
+
+    def build(d: Draw, size: Size) -> tuple[Any, ...]:
+        tangents = [d.normal(*lead, *size)] if lead is not None else []
+        cotangents = [d.normal(*size) if g else None, *(d.normal(*t.shape) for t in tangents)][:grads]
+        vectors = (d.vector(size[-1]) if learnt else None, d.vector(size[-1]) if learnt else None)
+        return *cotangents, d.normal(*size), *tangents, *vectors, kind, constant
+
+    return build
+
+
+TABLE: dict[str, Entry] = {
+    "philox_normal": Entry(
+        {"normal": _fill}, LENGTHS, public=ops.philox_normal, noise=True, bench=(64, 3, 128, 128)
+    ),
+    "philox_uniform": Entry({"uniform": _fill}, LENGTHS, public=ops.philox_uniform, bench=(64, 3, 128, 128)),
+    "rademacher": Entry({"signs": _fill}, LENGTHS, public=ops.rademacher, bench=(64, 3, 128, 128)),
+    "perturb": Entry(
+        {
+            "stored": lambda d, s: (d.normal(*s), d.vector(s[0]), d.vector(s[0]), d.state(), True),
+            "dropped": lambda d, s: (d.normal(*s), d.vector(s[0]), d.vector(s[0]), d.state(), False),
+        },
+        BATCHES,
+        public=lambda x, m, s, state, store: ops.perturb(x, m, s, state, store_noise=store),
+        noise=True,
+        bench=(64, 3, 128, 128),
+    ),
+    "sde_step": Entry(
+        {"step": lambda d, s: (d.normal(*s), d.normal(*s), *(d.vector(s[0]) for _ in "abc"), d.state())},
+        BATCHES,
+        public=ops.sde_step,
+        noise=True,
+        bench=(64, 3, 128, 128),
+    ),
+    "langevin_step": Entry(
+        {"step": lambda d, s: (d.normal(*s), d.normal(*s), 0.16, d.vector(s[0]), d.state())},
+        BATCHES,
+        public=ops.langevin_step,
+        noise=True,
+        bench=(64, 3, 128, 128),
+    ),
+    "denoising_residual": Entry(
+        {
+            "given": lambda d, s: (d.normal(*s), d.vector(s[0]), d.vector(s[0]), d.normal(*s), None),
+            "drawn": lambda d, s: (d.normal(*s), d.vector(s[0]), d.vector(s[0]), None, d.state()),
+        },
+        BATCHES,
+        public=lambda s, std, w, z, state: ops.denoising_residual(s, std, w, z=z, state=state),
+        differentiable=(0,),
+        order=1,
+        noise=True,
+        bench=(64, 3, 128, 128),
+    ),
+    "asymmetry": Entry(
+        {
+            "one-probe": lambda d, s: (d.normal(1, *s), d.normal(1, *s)),
+            "probes": lambda d, s: (d.normal(3, *s), d.normal(3, *s)),
+        },
+        BATCHES,
+        public=ops.asymmetry,
+        # Its gradient holds r constant, so it is no derivative of the value: see test_penalty.py.
+        bench=(64, 3, 128, 128),
+    ),
+    "bias_act": Entry(
+        {
+            "swish": _activation("swish", 1.0),
+            "silu": _activation("swish", 1.0, learnt=False),
+            "elu": _activation("elu", 1.0, learnt=False),
+            "leaky-relu": _activation("leaky_relu", 0.1),
+        },
+        ROWS,
+        public=lambda x, b, p, kind, c: ops.bias_act(x, b, p, kind=kind, constant=c),
+        differentiable=(0, 1, 2),
+        order=1,
+        bench=(5000, 256),
+    ),
+    "bias_act_vjp": Entry(
+        {
+            "swish": _activation("swish", 1.0, grads=1),
+            "elu": _activation("elu", 0.7, learnt=False, grads=1),
+            "leaky-relu": _activation("leaky_relu", 0.1, grads=1),
+        },
+        ROWS,
+        bench=(5000, 256),
+    ),
+    "bias_act_jvp": Entry(
+        {
+            "swish": _activation("swish", 1.0, lead=(2,)),
+            "elu": _activation("elu", 0.7, lead=(1,), learnt=False),
+            "leaky-relu": _activation("leaky_relu", 0.1, lead=(2,)),
+            "no-probes": _activation("swish", 1.0, lead=(0,)),
+        },
+        ROWS,
+        public=lambda x, t, b, p, kind, c: ops.bias_act_jvp(x, t, b, p, kind=kind, constant=c),
+        differentiable=(0, 1, 2, 3),
+        order=1,
+        tangent_of="bias_act",
+        bench=(5000, 256),
+    ),
+    "bias_act_jvp_vjp": Entry(
+        {
+            "swish": _activation("swish", 1.0, lead=(2,), grads=2),
+            "elu": _activation("elu", 0.7, lead=(1,), learnt=False, grads=2),
+            "leaky-relu": _activation("leaky_relu", 0.1, lead=(2,), grads=2),
+            "tangents-only": _activation("swish", 1.0, lead=(2,), grads=2, g=False),
+        },
+        ROWS,
+        bench=(5000, 256),
+    ),
+}
+
+
+def arguments(entry: Entry, variant: str, size: Size, dtype: torch.dtype) -> tuple[Any, ...]:
+    return entry.variants[variant](Draw(dtype), size)
+
+
+def every_case() -> Iterator[tuple[str, str, str]]:
+    """(op, variant, name of the size) of all cases."""
+    for name, entry in TABLE.items():
+        for variant in entry.variants:
+            for size in entry.sizes:
+                yield name, variant, size
+
+
+def outputs(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def save_results(path: str) -> None:
+    """Writes what the ops return in this process, for comparison with another backend or instruction set."""
+    results: dict[str, tuple[Tensor, ...]] = {}
+    for name, variant, size in every_case():
+        if backend.WANTED != "native" or backend.has_kernel(name, "cpu"):
+            for dtype in DTYPES:
+                call = arguments(TABLE[name], variant, TABLE[name].sizes[size], dtype)
+                results[f"{name} {variant} {size} {dtype}"] = outputs(OPS[name](*call))
+    torch.save(results, path)
