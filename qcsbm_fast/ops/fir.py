@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .check import fail
-from .layout import match_layout
+from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
 
@@ -39,7 +39,7 @@ def _reference(
     f = torch.tensor(taps, dtype=accumulate_dtype(x.dtype), device=x.device)
     y = _axis(x.to(f.dtype), f, up, down, pad, cols)
     y = _axis(y.transpose(-1, -2), f, up, down, pad, rows).transpose(-1, -2)
-    return match_layout(y.to(x.dtype), x)
+    return to_channels_last(y.to(x.dtype))
 
 
 _op = Op("fir(Tensor x, float[] taps, int up, int down, int pad, int rows, int cols) -> Tensor", _reference)
@@ -51,7 +51,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    gx = _op(match_layout(g, g), ctx.taps[::-1], ctx.down, ctx.up, len(ctx.taps) - 1 - ctx.pad, *ctx.size)
+    gx = _op(to_channels_last(g), ctx.taps[::-1], ctx.down, ctx.up, len(ctx.taps) - 1 - ctx.pad, *ctx.size)
     return gx, *(None,) * 6
 
 
@@ -64,8 +64,7 @@ def fir(
     """Zero insertion by `up`, padding, convolution with `taps` along both axes, every `down`-th value.
 
     Args:
-        x: images `(*, C, H, W)` with at least a batch dimension, channels-last or contiguous; so is the
-            result.
+        x: images `(*, C, H, W)` with at least a batch dimension, best channels-last; the result is.
         taps: the filter along one axis; the filter of the plane is its outer product with itself.
         up, down: factors, at least 1.
         pad: zeros before and after each axis, once the zeros are inserted; negative numbers crop.
@@ -83,4 +82,4 @@ def fir(
     rows, cols = ((n * up + sum(pad) - len(taps)) // down + 1 for n in x.shape[-2:])
     if not taps or min(rows, cols) < 1:
         fail("fir", "x", f"images large enough for {len(taps)} taps and padding {pad}", x)
-    return _op(match_layout(x, x), list(taps), up, down, pad[0], rows, cols)
+    return _op(to_channels_last(x), list(taps), up, down, pad[0], rows, cols)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .check import describe, fail
-from .layout import match_layout
+from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
 
@@ -58,7 +58,7 @@ class _Groups:
         return x.to(self.dtype).reshape(*x.shape[:-3], *size)
 
     def join(self, value: Tensor, like: Tensor) -> Tensor:
-        return match_layout(value.reshape(like.shape).to(like.dtype), like)
+        return to_channels_last(value.reshape(like.shape).to(like.dtype))
 
     def mean(self, value: Tensor) -> Tensor:
         return value.mean((-2, -1), keepdim=True)
@@ -159,7 +159,7 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
     if g is None:
         return (None,) * 7
     x, bias, gamma, beta = ctx.saved_tensors
-    gx, gbias, ggamma, gbeta = _vjp(match_layout(g, x), x, bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
+    gx, gbias, ggamma, gbeta = _vjp(to_channels_last(g), x, bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
     return gx, None if bias is None else gbias, ggamma, gbeta, None, None, None
 
 
@@ -168,12 +168,12 @@ def _jvp_backward(ctx: Any, g: Tensor | None, gdot: Tensor | None) -> tuple[Any,
         return (None,) * 8
     x, tangents, bias, gamma, beta = ctx.saved_tensors
     rest = (bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
-    g = None if g is None else match_layout(g, x)
+    g = None if g is None else to_channels_last(g)
     if gdot is None:
         gx, gbias, ggamma, gbeta = _vjp(g, x, *rest)
         gt = None
     else:
-        gx, gt, gbias, ggamma, gbeta = _jvp_vjp(g, match_layout(gdot, x), x, tangents, *rest)
+        gx, gt, gbias, ggamma, gbeta = _jvp_vjp(g, to_channels_last(gdot), x, tangents, *rest)
     return gx, gt, None if bias is None else gbias, ggamma, gbeta, None, None, None
 
 
@@ -197,7 +197,7 @@ def _checked(
         if value is not None and (value.shape != shape or value.device != x.device):
             fail("group_norm_silu", name, f"{tuple(shape)} on {x.device}", value)
     bias = None if bias is None else bias.to(dtype).contiguous()
-    return match_layout(x, x), bias, gamma.to(dtype).contiguous(), beta.to(dtype).contiguous()
+    return to_channels_last(x), bias, gamma.to(dtype).contiguous(), beta.to(dtype).contiguous()
 
 
 def group_norm_silu(
@@ -214,7 +214,7 @@ def group_norm_silu(
     channels.
 
     Args:
-        x: `(B, C, H, W)`, channels-last or contiguous; the result has the same layout.
+        x: `(B, C, H, W)`, best channels-last; the result is.
         bias: `(B, C)` or None.
         gamma, beta: `(C,)`.
         groups: number of groups, a divisor of `C`.
@@ -245,4 +245,4 @@ def group_norm_silu_jvp(
     x, *rest = _checked(x, bias, gamma, beta, groups)
     if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
         fail("group_norm_silu", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
-    return _jvp(x, match_layout(tangents, x), *rest, groups, eps, silu)
+    return _jvp(x, to_channels_last(tangents), *rest, groups, eps, silu)

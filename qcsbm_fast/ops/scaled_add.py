@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .check import describe, fail
+from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
 
@@ -36,14 +37,14 @@ _op.set_backward(_backward, _save)
 
 
 def scaled_add(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`scale (a + b)` of two tensors of one shape, dtype and device, stored densely; `b` is brought to the
-    layout of `a`.
+    """`scale (a + b)` of images `(*, C, H, W)` of one shape, dtype and device, best channels-last; the result
+    is.
 
     Raises:
-        ValueError: if `b` is not like `a`.
+        ValueError: naming the argument that does not fit.
     """
-    if not isinstance(a, Tensor) or not a.is_floating_point():
-        fail("scaled_add", "a", "a floating-point tensor", a)
+    if not isinstance(a, Tensor) or not a.is_floating_point() or a.dim() < 4:
+        fail("scaled_add", "a", "floating-point images (*, C, H, W)", a)
     if b.shape != a.shape or b.dtype != a.dtype or b.device != a.device:
         fail("scaled_add", "b", describe(a), b)
-    return _op(a, b, scale)
+    return _op(to_channels_last(a), to_channels_last(b), scale)

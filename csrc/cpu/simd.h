@@ -1,0 +1,109 @@
+// Vectors of 64 bytes, as GCC's and Clang's vector extensions: the compiler splits them where registers are narrower.
+// Accumulators held in them stay in registers, which it does not manage for arrays.
+#pragma once
+
+#include "../math/common.h"
+#include "../math/elementary.h"
+#include "parallel.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define QCSBM_INLINE inline __attribute__((always_inline))
+#define QCSBM_LAMBDA __attribute__((always_inline))
+
+namespace qcsbm::QCSBM_ISA {
+
+typedef float FloatVector __attribute__((vector_size(64)));
+typedef double DoubleVector __attribute__((vector_size(64)));
+typedef int32_t IntVector __attribute__((vector_size(64)));
+typedef uint32_t UintVector __attribute__((vector_size(64)));
+typedef uint16_t HalfwordVector __attribute__((vector_size(32)));
+
+template <typename A>
+struct VectorOf {
+  using type = FloatVector;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleVector;
+};
+// The vector of accumulation-type values beside storage type T, and its number of lanes.
+template <typename T>
+using vec_t = typename VectorOf<acc_t<T>>::type;
+template <typename T>
+constexpr int64_t kLanes = 64 / sizeof(acc_t<T>);
+
+template <typename V>
+QCSBM_INLINE V broadcast(decltype(V{}[0] + 0) value) {
+  return V{} + value;
+}
+
+QCSBM_INLINE FloatVector load_lanes(const float* p) {
+  FloatVector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+QCSBM_INLINE DoubleVector load_lanes(const double* p) {
+  DoubleVector v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+QCSBM_INLINE FloatVector load_lanes(const bfloat16* p) {
+  HalfwordVector h;
+  memcpy(&h, p, sizeof h);
+  return (FloatVector)(__builtin_convertvector(h, UintVector) << 16);
+}
+
+QCSBM_INLINE void store_lanes(float* p, FloatVector v) { memcpy(p, &v, sizeof v); }
+QCSBM_INLINE void store_lanes(double* p, DoubleVector v) { memcpy(p, &v, sizeof v); }
+// As store<bfloat16>: to nearest even, a NaN stays a NaN.
+QCSBM_INLINE void store_lanes(bfloat16* p, FloatVector v) {
+  const UintVector u = (UintVector)v;
+  const UintVector rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const HalfwordVector h = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40u, HalfwordVector);
+  memcpy(p, &h, sizeof h);
+}
+
+// The first n lanes, the others zero.
+template <typename T>
+QCSBM_INLINE vec_t<T> load_lanes(const T* p, int64_t n) {
+  if (n == kLanes<T>) return load_lanes(p);
+  vec_t<T> v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = load(p[i]);
+  return v;
+}
+template <typename T>
+QCSBM_INLINE void store_lanes(T* p, vec_t<T> v, int64_t n) {
+  if (n == kLanes<T>) return store_lanes(p, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = store<T>(v[i]);
+}
+
+template <typename V>
+QCSBM_INLINE auto sum_lanes(V v) {
+  auto total = v[0];
+  for (size_t i = 1; i < sizeof(V) / sizeof(v[0]); ++i) total += v[i];
+  return total;
+}
+
+// exponential(float) of math/elementary.h, lane by lane.
+QCSBM_INLINE FloatVector exponential(FloatVector x) {
+  x = x > 88.3f ? broadcast<FloatVector>(88.3f) : x;
+  x = x < -87.3f ? broadcast<FloatVector>(-87.3f) : x;
+  const FloatVector shifted = x * 1.44269504088896341f + kRound;
+  const FloatVector n = shifted - kRound;
+  const FloatVector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  FloatVector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const IntVector exponent = (IntVector)shifted - kRoundBits;
+  return p * (FloatVector)((exponent + 127) << 23);
+}
+QCSBM_INLINE DoubleVector exponential(DoubleVector x) {
+  for (int i = 0; i < 8; ++i) x[i] = exp(x[i]);
+  return x;
+}
+
+}  // namespace qcsbm::QCSBM_ISA

@@ -1,0 +1,35 @@
+#include "images.h"
+
+QCSBM_KERNEL(template <typename T> void fir(const T*, const double*, T*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                            int64_t, int64_t, int64_t, int64_t, int64_t);)
+
+namespace qcsbm {
+namespace {
+
+Tensor forward(const Tensor& x, const std::vector<double>& taps, int64_t up, int64_t down, int64_t pad, int64_t rows,
+               int64_t cols) {
+  check_images(x, "fir", "x");
+  STD_TORCH_CHECK(!taps.empty() && up >= 1 && down >= 1 && rows >= 0 && cols >= 0, "fir: up, down, rows, cols, taps");
+  const int64_t d = x.dim(), channels = x.size(d - 3), height = x.size(d - 2), width = x.size(d - 1);
+  int64_t images = 1;
+  std::vector<int64_t> size;
+  for (int64_t axis = 0; axis < d - 3; ++axis) {
+    images *= x.size(axis);
+    size.push_back(x.size(axis));
+  }
+  size.insert(size.end(), {rows, cols, channels});
+  Tensor y = torch::stable::new_empty(x, size);
+  if (x.numel() > 0)
+    for_type(x.scalar_type(), "fir", [&]<typename T>() {
+      QCSBM_RUN(fir, (T), in<T>(x), taps.data(), out<T>(y), images, height, width, channels, rows, cols,
+                static_cast<int64_t>(taps.size()), up, down, pad);
+    });
+  using torch::stable::transpose;
+  return transpose(transpose(y, d - 2, d - 1), d - 3, d - 2);  // (*, H, W, C) as (*, C, H, W)
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) { m.impl("fir", TORCH_BOX(&forward)); }
+
+}  // namespace qcsbm

@@ -1,0 +1,109 @@
+#include "images.h"
+
+QCSBM_KERNEL(
+    template <typename T> void group_norm_silu(const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, T*, int64_t,
+                                               int64_t, int64_t, int64_t, double, bool);
+    template <typename T> void group_norm_silu_jvp(const T*, const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,
+                                                   T*, T*, int64_t, int64_t, int64_t, int64_t, int64_t, double, bool);
+    template <typename T> void group_norm_silu_vjp(const T*, const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,
+                                                   T*, acc_t<T>*, acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t,
+                                                   int64_t, double, bool);
+    template <typename T> void group_norm_silu_jvp_vjp(const T*, const T*, const T*, const T*, const acc_t<T>*,
+                                                       const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*, acc_t<T>*,
+                                                       acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t, double,
+                                                       bool);)
+
+namespace qcsbm {
+namespace {
+
+using Bias = std::optional<Tensor>;
+
+struct Sizes {
+  int64_t batch, pixels, channels;
+  Sizes(const char* op, const Tensor& x, const Bias& bias, const Tensor& gamma, const Tensor& beta, int64_t groups) {
+    check_images(x, op, "x");
+    STD_TORCH_CHECK(x.dim() == 4, op, ": x expected (B, C, H, W)");
+    batch = x.size(0);
+    channels = x.size(1);
+    pixels = x.size(2) * x.size(3);
+    STD_TORCH_CHECK(groups >= 1 && channels % groups == 0, op, ": groups expected a divisor of ", channels);
+    if (bias) check_vector(*bias, batch * channels, x, op, "bias");
+    check_vector(gamma, channels, x, op, "gamma");
+    check_vector(beta, channels, x, op, "beta");
+  }
+};
+
+Tensor bias_gradient(const Tensor& x, const Bias& bias) {
+  if (!bias) return new_vector(x, 0);
+  return torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulate_type(x));
+}
+
+Tensor forward(const Tensor& x, const Bias& bias, const Tensor& gamma, const Tensor& beta, int64_t groups, double eps,
+               bool silu) {
+  const Sizes s("group_norm_silu", x, bias, gamma, beta, groups);
+  Tensor y = empty_images(x);
+  for_type(x.scalar_type(), "group_norm_silu", [&]<typename T>() {
+    using A = acc_t<T>;
+    QCSBM_RUN(group_norm_silu, (T), in<T>(x), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y), s.batch, s.pixels,
+              s.channels, groups, eps, silu);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> jvp(const Tensor& x, const Tensor& tangents, const Bias& bias, const Tensor& gamma,
+                               const Tensor& beta, int64_t groups, double eps, bool silu) {
+  const Sizes s("group_norm_silu_jvp", x, bias, gamma, beta, groups);
+  check_images_like(tangents, x, "group_norm_silu_jvp", "tangents", 1);
+  Tensor y = empty_images(x), ydot = empty_images(tangents);
+  for_type(x.scalar_type(), "group_norm_silu_jvp", [&]<typename T>() {
+    using A = acc_t<T>;
+    QCSBM_RUN(group_norm_silu_jvp, (T), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y),
+              out<T>(ydot), s.batch, s.pixels, s.channels, groups, tangents.size(0), eps, silu);
+  });
+  return {y, ydot};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> vjp(const Tensor& g, const Tensor& x, const Bias& bias, const Tensor& gamma,
+                                               const Tensor& beta, int64_t groups, double eps, bool silu) {
+  const Sizes s("group_norm_silu_vjp", x, bias, gamma, beta, groups);
+  check_images_like(g, x, "group_norm_silu_vjp", "g");
+  Tensor gx = empty_images(x), gbias = bias_gradient(x, bias), ggamma = new_vector(x, s.channels),
+         gbeta = new_vector(x, s.channels);
+  for_type(x.scalar_type(), "group_norm_silu_vjp", [&]<typename T>() {
+    using A = acc_t<T>;
+    QCSBM_RUN(group_norm_silu_vjp, (T), in<T>(g), in<T>(x), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(gx),
+              bias ? out<A>(gbias) : nullptr, out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups, eps,
+              silu);
+  });
+  return {gx, gbias, ggamma, gbeta};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jvp_vjp(const std::optional<Tensor>& g, const Tensor& gdot,
+                                                           const Tensor& x, const Tensor& tangents, const Bias& bias,
+                                                           const Tensor& gamma, const Tensor& beta, int64_t groups,
+                                                           double eps, bool silu) {
+  const Sizes s("group_norm_silu_jvp_vjp", x, bias, gamma, beta, groups);
+  if (g) check_images_like(*g, x, "group_norm_silu_jvp_vjp", "g");
+  check_images_like(tangents, x, "group_norm_silu_jvp_vjp", "tangents", 1);
+  check_images_like(gdot, tangents, "group_norm_silu_jvp_vjp", "gdot");
+  Tensor gx = empty_images(x), gt = empty_images(tangents), gbias = bias_gradient(x, bias),
+         ggamma = new_vector(x, s.channels), gbeta = new_vector(x, s.channels);
+  for_type(x.scalar_type(), "group_norm_silu_jvp_vjp", [&]<typename T>() {
+    using A = acc_t<T>;
+    QCSBM_RUN(group_norm_silu_jvp_vjp, (T), in<T>(g), in<T>(gdot), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma),
+              in<A>(beta), out<T>(gx), out<T>(gt), bias ? out<A>(gbias) : nullptr, out<A>(ggamma), out<A>(gbeta),
+              s.batch, s.pixels, s.channels, groups, tangents.size(0), eps, silu);
+  });
+  return {gx, gt, gbias, ggamma, gbeta};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&forward));
+  m.impl("group_norm_silu_jvp", TORCH_BOX(&jvp));
+  m.impl("group_norm_silu_vjp", TORCH_BOX(&vjp));
+  m.impl("group_norm_silu_jvp_vjp", TORCH_BOX(&jvp_vjp));
+}
+
+}  // namespace qcsbm
