@@ -1,4 +1,4 @@
-"""The image ops against PyTorch's own functions and their derivatives in float64, compiled kernels against references."""
+"""The image ops against PyTorch's own functions and their derivatives in float64; kernels against references."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qcsbm_fast import ops
 from qcsbm_fast.ops import backend
 from qcsbm_fast.ops.registry import OPS
 
-# (batch, channels, height, width, groups): one pixel, odd sizes, groups across vectors, tasks of several
-vectors. SIZES = [
+# (batch, channels, height, width, groups): one pixel, odd sizes, groups across vectors, large tasks.
+SIZES = [
     (1, 4, 1, 1, 1),
     (2, 6, 3, 5, 3),
     (3, 20, 4, 3, 5),
@@ -101,8 +101,7 @@ def test_group_norm_of_shifted_data():
 
 
 FIRS = [((1, 3, 3, 1), 2, 1, (2, 1)), ((1, 3, 3, 1), 1, 2, (1, 1)), ((1.0, 2.0, 5.0), 3, 2, (2, 4)),
-        ((1.0, -2.0, 3.0, 0.5, 1.0), 1, 1, (2, 2)), ((1, 1), 2, 1, (1, 0)), ((2.0, 1.0), 1, 3, (-1, 3))]  #
-        fmt: skip
+        ((1.0, -2.0, 3.0, 0.5, 1.0), 1, 1, (2, 2)), ((1, 1), 2, 1, (1, 0)), ((2.0, 1.0), 1, 3, (-1, 3))]  # fmt: skip
 
 
 def fir_matrix(size, taps, up, down, pad):
@@ -214,7 +213,9 @@ def test_opcheck(name):
     torch.library.opcheck(OPS[name].overload, calls(torch.float32, (2, 8, 3, 5, 2))[name])
 
 
-@pytest.mark.parametrize("name", ["group_norm_silu_vjp", "group_norm_silu_jvp_vjp", "softmax_vjp", "softmax_jvp_vjp"])
+@pytest.mark.parametrize(
+    "name", ["group_norm_silu_vjp", "group_norm_silu_jvp_vjp", "softmax_vjp", "softmax_jvp_vjp"]
+)
 def test_missing_derivatives_raise(name):
     arguments = [a.requires_grad_() if isinstance(a, Tensor) else a for a in calls(torch.float64)[name]]
     out = OPS[name].overload(*arguments)
@@ -236,14 +237,17 @@ def test_empty_images(size):
         assert ops.fir(x, (1, 1), up=2, pad=(1, 0)).shape == (0, 8, 8, 8)
 
 
+EIGHT = torch.ones(8)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: ops.group_norm_silu(x[0], None, x[0, :, 0, 0], x[0, :, 0, 0], groups=2), "group_norm_silu: x expected"),
-        (lambda x: ops.group_norm_silu(x, None, torch.ones(3), torch.ones(8), groups=2), r"gamma expected \(8,\)"),
-        (lambda x: ops.group_norm_silu(x, torch.ones(8), torch.ones(8), torch.ones(8), groups=2), r"bias expected \(2, 8\)"),
-        (lambda x: ops.group_norm_silu(x, None, torch.ones(8), torch.ones(8), groups=3), "groups expected a divisor of 8"),
-        (lambda x: ops.group_norm_silu_jvp(x, x, None, torch.ones(8), torch.ones(8), groups=2), "tangents expected"),
+        (lambda x: ops.group_norm_silu(x[0], None, EIGHT, EIGHT, groups=2), "group_norm_silu: x expected"),
+        (lambda x: ops.group_norm_silu(x, None, EIGHT[:3], EIGHT, groups=2), r"gamma expected \(8,\)"),
+        (lambda x: ops.group_norm_silu(x, EIGHT, EIGHT, EIGHT, groups=2), r"bias expected \(2, 8\)"),
+        (lambda x: ops.group_norm_silu(x, None, EIGHT, EIGHT, groups=3), "groups expected a divisor of 8"),
+        (lambda x: ops.group_norm_silu_jvp(x, x, None, EIGHT, EIGHT, groups=2), "tangents expected"),
         (lambda x: ops.fir(x, (), up=2), "fir: x expected images large enough for 0 taps"),
         (lambda x: ops.fir(x, (1, 1), up=0), "fir: up, down expected"),
         (lambda x: ops.fir(x.long(), (1, 1)), "fir: x expected floating-point images"),
