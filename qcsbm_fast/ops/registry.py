@@ -35,21 +35,28 @@ class Op:
         LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qcsbm::{self.name}", reference, lib=LIBRARY)
         self.overload = getattr(torch.ops.qcsbm, self.name).default
-        self.set_backward(None)
+        self._backward: Callable[..., Any] = self._refuse
+        self._setup_context: Callable[..., None] | None = None
+        torch.library.register_autograd(
+            f"qcsbm::{self.name}",
+            lambda ctx, *grads: self._backward(ctx, *grads),
+            setup_context=self._save,
+            lib=LIBRARY,
+        )
         OPS[self.name] = self
 
-    def set_backward(
-        self, backward: Callable[..., Any] | None, setup_context: Callable[..., None] | None = None
-    ) -> None:
-        """Registers the derivative; None means that asking for one raises instead of dropping a term."""
-        torch.library.register_autograd(
-            f"qcsbm::{self.name}", backward or self._refuse, setup_context=setup_context, lib=LIBRARY
-        )
+    def set_backward(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Gives the derivative; without one, asking for it raises instead of dropping a term."""
+        self._backward, self._setup_context = backward, setup_context
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._setup_context is not None:
+            self._setup_context(ctx, inputs, output)
 
     def _refuse(self, ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
-            f"{self.name} has no derivative of this order: detach its inputs, or use the plain-torch "
-            f"reference qcsbm_fast.ops.registry.OPS[{self.name!r}].reference"
+            f"{self.name} has no derivative of this order: detach its inputs, or use the plain-torch reference "
+            f"qcsbm_fast.ops.registry.OPS[{self.name!r}].reference"
         )
 
     def __call__(self, *args: Any) -> Any:
