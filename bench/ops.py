@@ -1,0 +1,93 @@
+"""Every op's compiled kernel against its plain-torch reference, over the same table of cases as the tests.
+
+    python bench/ops.py [NAME ...]
+
+Each row: the kernel, the reference beside it in the same run, and the share of the machine's copy rate that it
+reaches on the bytes of its arguments and results, each moved once. A kernel that disagrees with its reference is
+refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import harness
+from qcsbm_fast import NoiseStream, ops
+from qcsbm_fast.ops import backend
+from qcsbm_fast.ops.registry import OPS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cases import TABLE, arguments, outputs
+
+
+def tensor_bytes(values: tuple[object, ...]) -> int:
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def agrees(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(
+        torch.allclose(
+            a.double(), b.double(), rtol=1e-4, atol=1e-4 * b.abs().max().item() if b.numel() else 0
+        )
+        for a, b in zip(got, expected, strict=True)
+    )
+
+
+def bench_op(name: str, rate: float, repeats: int) -> None:
+    entry = TABLE[name]
+    variant = next(iter(entry.variants))
+    call = arguments(entry, variant, entry.bench, torch.float32)
+    op = OPS[name]
+    got = outputs(op(*call))
+    if not agrees(got, outputs(op.reference(*call))):
+        sys.exit(f"{name}: the kernel disagrees with its reference; see the tests before timing it")
+    floor = (tensor_bytes(call) + tensor_bytes(got)) / rate
+    functions: dict[str, Callable[[], object]] = {
+        "reference": lambda: op.reference(*call),
+        "kernel": lambda: op(*call),
+    }
+    rows = harness.interleaved(functions, repeats=repeats, floors={"kernel": floor})
+    harness.report(f"op {name}", rows, size="x".join(map(str, entry.bench)))
+
+
+def bench_sampler_step(rate: float, repeats: int, numel: int = 4 * 2**20) -> None:
+    """x' = a x + b s + c z on 4M floats against the three eager operations and `randn_like`."""
+    x, s = torch.randn(2, 64, numel // 64)
+    a, b, c = torch.rand(3, 64)
+    stream = NoiseStream(0)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        mean = a[:, None] * x + b[:, None] * s
+        return mean + c[:, None] * torch.randn_like(x), mean
+
+    functions: dict[str, Callable[[], object]] = {
+        "eager, three operations": eager,
+        "sde_step": lambda: ops.sde_step(x, s, a, b, c, stream.draw()),
+    }
+    rows = harness.interleaved(functions, repeats=repeats, floors={"sde_step": 16 * numel / rate})
+    harness.report("sampler step", rows, floats=numel, copy_gb_per_s=round(rate / 1e9))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"ops (default: all): {', '.join(TABLE)}")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    rate = harness.copy_rate()
+    for name in options.names or TABLE:
+        if TABLE[name].bench and backend.has_kernel(name, "cpu"):
+            bench_op(name, rate, options.repeats)
+    if not options.names:
+        bench_sampler_step(rate, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
