@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..dual import V
 from .layers import Linear, LinearSwish, LogFourierEmbedding, bias_act
 
+_SPREAD = 0.5  # of data in [0, 1], as an upper bound
+
 
 class _Block(nn.Module):
     """`h + W2 Swish(W1 h + e(sigma))`: the embedding is a bias of its own for each sample."""
@@ -27,19 +29,25 @@ class _Block(nn.Module):
 
 
 class ImageMLP(nn.Module):
-    """The field `f(x, sigma)` of images, `(B, *), (B,) -> (B, *)`, for tensors and duals; a score is `f / sigma`.
+    """The field `f(x, sigma)` of images in [0, 1], `(B, *), (B,) -> (B, *)`, for tensors and duals.
 
-    The input is centred and scaled to unit size at every noise level.
+    With `u = x - 1/2` and `d = 1/2` the spread of a pixel, `f = a(sigma) u + b(sigma) F(u / sqrt(sigma^2 + d^2))`:
+    the linear part is what is right where noise drowns the data, so that the layers `F` learn the rest (Karras et
+    al. 2022, arXiv 2206.00364, Section 5). For a score `f / sigma`: `a = -sigma / (sigma^2 + d^2)`,
+    `b = d / sqrt(sigma^2 + d^2)`. For an energy `||f||^2 / (2 sigma)`, whose gradient is quadratic in `f`:
+    `a = sqrt(sigma / (sigma^2 + d^2))` and the square root of that `b`.
 
     Args:
         dim: number of values of one image.
         width: channels of the residual stream.
         depth: number of residual blocks.
+        energy: whether the field is used as an energy.
     """
 
-    def __init__(self, dim: int, width: int = 512, depth: int = 3):
+    def __init__(self, dim: int, width: int = 512, depth: int = 3, energy: bool = False):
         super().__init__()
         embedding = 128
+        self.energy = energy
         self.embed = nn.Sequential(LogFourierEmbedding(64, scale=0.5), LinearSwish(2 * 64, embedding))
         self.input = Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width, embedding) for _ in range(depth))
@@ -47,9 +55,14 @@ class ImageMLP(nn.Module):
         nn.init.normal_(self.output.weight, std=1e-2 / math.sqrt(width))
 
     def forward(self, x: V, sigma: Tensor) -> V:
-        shape = x.shape
-        embedding = self.embed(sigma)
-        h = self.input(((x - 0.5).flatten(1)) / (sigma**2 + 0.25).sqrt()[:, None])
+        shape, embedding, sigma = x.shape, self.embed(sigma), sigma[:, None]
+        total = (sigma**2 + _SPREAD**2).sqrt()
+        if self.energy:
+            linear, rest = sigma.sqrt() / total, (_SPREAD / total).sqrt()
+        else:
+            linear, rest = -sigma / total**2, _SPREAD / total
+        u = (x - 0.5).flatten(1)
+        h = self.input(u / total)
         for block in self.blocks:
             h = block(h, embedding)
-        return self.output(h).reshape(*shape)
+        return (u * linear + self.output(h) * rest).reshape(*shape)

@@ -77,7 +77,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _network(config: Config, shape: torch.Size) -> nn.Module:
-    if config.model.network == "image-mlp":
-        return ImageMLP(shape.numel(), config.model.width, config.model.depth)
     conservative = config.model.kind == "conservative"
+    if config.model.network == "image-mlp":
+        return ImageMLP(shape.numel(), config.model.width, config.model.depth, energy=conservative)
     return ToyMLP(config.model.conservative_activation if conservative else "identity")
