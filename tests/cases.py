@@ -31,7 +31,11 @@ class Draw:
     def normal(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=torch.float64, generator=self.generator).to(self.dtype)
 
-    def vector(self, size: int) -> Tensor:
+    def images(self, *size: int) -> Tensor:
+        """`(*, C, H, W)`, stored channels-last as the image ops take it."""
+        return self.normal(*size).movedim(-3, -1).contiguous().movedim(-1, -3)
+
+    def vector(self, *size: int) -> Tensor:
         """Coefficients in [0.5, 1.5) in the accumulation dtype."""
         values = torch.rand(size, dtype=torch.float64, generator=self.generator) + 0.5
         return values.to(accumulate_dtype(self.dtype))
@@ -84,6 +88,14 @@ ROWS: dict[str, Size] = {
     "wide": (5, 700),
     "large": (300, 131),
 }
+IMAGES: dict[str, Size] = {
+    "empty": (0, 4, 3, 3),
+    "one": (1, 6, 1, 1),
+    "odd": (2, 6, 3, 5),
+    "image": (2, 8, 8, 6),
+    "wide": (2, 96, 5, 3),
+    "large": (3, 32, 33, 31),
+}
 LENGTHS: dict[str, Size] = {"empty": (0,), "one": (1,), "odd": (5, 27), "large": (7, 9001)}
 
 
@@ -109,6 +121,31 @@ def _activation(
         return *cotangents, d.normal(*size), *tangents, *vectors, kind, constant
 
     return build
+
+
+def _group_norm(
+    silu: bool, *, lead: Size | None = None, bias: bool = True, grads: int = 0, g: bool = True
+) -> Callable[[Draw, Size], tuple[Any, ...]]:
+    """Arguments `([g], [gdot], x, [tangents], bias, gamma, beta, groups, eps, silu)`, in two groups of channels."""
+
+    def build(d: Draw, size: Size) -> tuple[Any, ...]:
+        tangents = [d.images(*lead, *size)] if lead is not None else []
+        cotangents = [d.images(*size) if g else None, *(d.images(*t.shape) for t in tangents)][:grads]
+        vectors = (d.vector(*size[:2]) if bias else None, d.vector(size[1]), d.vector(size[1]))
+        return *cotangents, d.images(*size), *tangents, *vectors, 2, 1e-6, silu
+
+    return build
+
+
+def _norm(public: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *a: public(*a[:-3], groups=a[-3], eps=a[-2], silu=a[-1])
+
+
+def _fir(x: Tensor, taps: list[float], up: int, down: int, pad: int, rows: int, cols: int) -> Tensor:
+    """`fir` takes the padding after the image where the op takes the size of the result."""
+    height = x.shape[-2] if isinstance(x, Tensor) and x.dim() > 1 else 1
+    after = (rows - 1) * down + len(taps) - pad - height * up
+    return ops.fir(x, taps, up=up, down=down, pad=(pad, after))
 
 
 TABLE: dict[str, Entry] = {
@@ -208,6 +245,99 @@ TABLE: dict[str, Entry] = {
         },
         ROWS,
         bench=(5000, 256),
+    ),
+    "softmax": Entry(
+        {"softmax": lambda d, s: (d.normal(*s),)},
+        ROWS,
+        public=ops.softmax,
+        differentiable=(0,),
+        order=1,
+        bench=(16, 256, 256),
+    ),
+    "softmax_vjp": Entry(
+        {"softmax": lambda d, s: (d.normal(*s), d.normal(*s).softmax(-1))}, ROWS, bench=(16, 256, 256)
+    ),
+    "softmax_jvp": Entry(
+        {
+            "probes": lambda d, s: (d.normal(*s), d.normal(2, *s)),
+            "no-probes": lambda d, s: (d.normal(*s), d.normal(0, *s)),
+        },
+        ROWS,
+        public=ops.softmax_jvp,
+        differentiable=(0, 1),
+        order=1,
+        tangent_of="softmax",
+        bench=(16, 256, 256),
+    ),
+    "softmax_jvp_vjp": Entry(
+        {
+            "both": lambda d, s: (d.normal(*s), d.normal(2, *s), d.normal(*s).softmax(-1), d.normal(2, *s)),
+            "tangents-only": lambda d, s: (None, d.normal(2, *s), d.normal(*s).softmax(-1), d.normal(2, *s)),
+        },
+        ROWS,
+        bench=(16, 256, 256),
+    ),
+    "scaled_add": Entry(
+        {"add": lambda d, s: (d.images(*s), d.images(*s), 0.7)},
+        IMAGES,
+        public=ops.scaled_add,
+        differentiable=(0, 1),
+        order=2,
+        bench=(64, 64, 32, 32),
+    ),
+    "fir": Entry(
+        {
+            "up": lambda d, s: (d.images(*s), [0.25, 0.75, 0.75, 0.25], 2, 1, 2, 2 * s[2], 2 * s[3]),
+            "down": lambda d, s: (
+                d.images(*s),
+                [0.125, 0.375, 0.375, 0.125],
+                1,
+                2,
+                1,
+                (s[2] + 1) // 2,
+                (s[3] + 1) // 2,
+            ),
+        },
+        IMAGES,
+        public=_fir,
+        differentiable=(0,),
+        order=2,
+        bench=(64, 64, 32, 32),
+    ),
+    "group_norm_silu": Entry(
+        {"silu": _group_norm(True), "plain": _group_norm(False, bias=False)},
+        IMAGES,
+        public=_norm(ops.group_norm_silu),
+        differentiable=(0, 1, 2, 3),
+        order=1,
+        ulps=32,
+        bench=(64, 64, 32, 32),
+    ),
+    "group_norm_silu_vjp": Entry(
+        {"silu": _group_norm(True, grads=1), "plain": _group_norm(False, bias=False, grads=1)},
+        IMAGES,
+        ulps=32,
+        bench=(64, 64, 32, 32),
+    ),
+    "group_norm_silu_jvp": Entry(
+        {"silu": _group_norm(True, lead=(2,)), "plain": _group_norm(False, lead=(1,), bias=False)},
+        IMAGES,
+        public=_norm(ops.group_norm_silu_jvp),
+        differentiable=(0, 1, 2, 3, 4),
+        order=1,
+        tangent_of="group_norm_silu",
+        ulps=32,
+        bench=(64, 64, 32, 32),
+    ),
+    "group_norm_silu_jvp_vjp": Entry(
+        {
+            "silu": _group_norm(True, lead=(2,), grads=2),
+            "plain": _group_norm(False, lead=(1,), bias=False, grads=2),
+            "tangents-only": _group_norm(True, lead=(2,), grads=2, g=False),
+        },
+        IMAGES,
+        ulps=32,
+        bench=(64, 64, 32, 32),
     ),
 }
 

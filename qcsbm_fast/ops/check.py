@@ -24,15 +24,20 @@ def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{op}: {argument} expected {expected}, got {describe(got)}")
 
 
-def floating(op: str, argument: str, value: Tensor) -> Tensor:
-    """`value`, contiguous, if it is a floating-point tensor of a dtype that its device computes in."""
+def any_layout(op: str, argument: str, value: Tensor) -> Tensor:
+    """`value`, however it is stored, if it is a floating-point tensor of a dtype that its device computes in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument} expected a tensor, got {describe(value)}")
     if not value.is_floating_point():
         fail(op, argument, "a floating-point tensor (convert with .float())", value)
     if value.device.type == "cpu" and value.dtype not in KERNEL_DTYPES:
         fail(op, argument, "float32, float64 or bfloat16 on the CPU (convert with .float())", value)
-    return value.contiguous()
+    return value
+
+
+def floating(op: str, argument: str, value: Tensor) -> Tensor:
+    """`value` as `any_layout` accepts it, contiguous."""
+    return any_layout(op, argument, value).contiguous()
 
 
 def batched(op: str, argument: str, value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .check import fail
+from .check import any_layout, fail
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
@@ -75,8 +75,8 @@ def fir(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 4:
-        fail("fir", "x", "floating-point images (*, C, H, W)", x)
+    if any_layout("fir", "x", x).dim() < 4:
+        fail("fir", "x", "images (*, C, H, W)", x)
     if up < 1 or down < 1:
         raise ValueError(f"fir: up, down expected factors of at least 1, got {up}, {down}")
     rows, cols = ((n * up + sum(pad) - len(taps)) // down + 1 for n in x.shape[-2:])

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import describe, fail
+from .check import any_layout, describe, fail
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
@@ -39,7 +39,7 @@ class _Groups:
         self.shape, self.groups, self.dtype = x.shape, groups, accumulate_dtype(x.dtype)
         u = self.split(x)
         if bias is not None:
-            u = u + bias.reshape(x.shape[0], groups, -1, 1)
+            u = u + bias.reshape(x.shape[0], groups, x.shape[1] // groups, 1)
         self.gamma = gamma.reshape(groups, -1, 1)
         centred = u - self.mean(u)
         self.r = torch.rsqrt(self.mean(centred * centred) + eps)
@@ -184,8 +184,8 @@ _jvp.set_backward(_jvp_backward, _save)
 def _checked(
     x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, groups: int
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
-        fail("group_norm_silu", "x", "floating-point images (B, C, H, W)", x)
+    if any_layout("group_norm_silu", "x", x).dim() != 4:
+        fail("group_norm_silu", "x", "images (B, C, H, W)", x)
     channels, dtype = x.shape[1], accumulate_dtype(x.dtype)
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm_silu: groups expected a divisor of {channels} channels, got {groups}")
@@ -243,6 +243,7 @@ def group_norm_silu_jvp(
     Args as `group_norm_silu`, and tangents: `(K, B, C, H, W)`, dtype and device of `x`.
     """
     x, *rest = _checked(x, bias, gamma, beta, groups)
+    tangents = any_layout("group_norm_silu", "tangents", tangents)
     if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
         fail("group_norm_silu", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
     return _jvp(x, to_channels_last(tangents), *rest, groups, eps, silu)

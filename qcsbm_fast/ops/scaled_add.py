@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .check import describe, fail
+from .check import any_layout, describe, fail
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
@@ -43,8 +43,9 @@ def scaled_add(a: Tensor, b: Tensor, scale: float) -> Tensor:
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if not isinstance(a, Tensor) or not a.is_floating_point() or a.dim() < 4:
-        fail("scaled_add", "a", "floating-point images (*, C, H, W)", a)
+    a, b = any_layout("scaled_add", "a", a), any_layout("scaled_add", "b", b)
+    if a.dim() < 4:
+        fail("scaled_add", "a", "images (*, C, H, W)", a)
     if b.shape != a.shape or b.dtype != a.dtype or b.device != a.device:
         fail("scaled_add", "b", describe(a), b)
     return _op(to_channels_last(a), to_channels_last(b), scale)

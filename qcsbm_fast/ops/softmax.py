@@ -96,5 +96,5 @@ def softmax(z: Tensor) -> Tensor:
 
 def softmax_jvp(z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax `(*, N)` and its derivatives along `tangents` `(K, *, N)`, of the dtype and device of `z`."""
-    z = _checked(z)
+    z, tangents = _checked(z), floating("softmax", "tangents", tangents)
     return _jvp(z, like("softmax", "tangents", tangents, z, lead=tangents.shape[:1]))
