@@ -120,9 +120,12 @@ class NinjaBuild(build_ext):
         nvcc, cuda = cuda_toolkit()
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES if nvcc else ""
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "c++"
-        folder = Path(self.build_temp).resolve()
+        # Not build_temp, which is a new folder for each editable install: ninja would start afresh.
+        folder = ROOT / "build" / f"{sys.platform}-{platform.machine()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build_record.h").write_text(build_record(cxx, cuda, architectures))
+        header, record = folder / "build_record.h", build_record(cxx, cuda, architectures)
+        if not header.exists() or header.read_text() != record:
+            header.write_text(record)
 
         edges = self.edges(folder, architectures)
         self.run_ninja(folder, edges, cxx, nvcc)
