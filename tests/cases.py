@@ -126,13 +126,20 @@ def _activation(
 def _group_norm(
     silu: bool, *, lead: Size | None = None, bias: bool = True, grads: int = 0, g: bool = True
 ) -> Callable[[Draw, Size], tuple[Any, ...]]:
-    """Arguments `([g], [gdot], x, [tangents], bias, gamma, beta, groups, eps, silu)`, in two groups of channels."""
+    """Arguments `x, [tangents], bias, gamma, beta, groups, eps, silu`, in two groups of channels.
+
+    With cotangents `[g], [gdot], x, [tangents], bias, gamma, beta, statistics..., groups, silu`.
+    """
 
     def build(d: Draw, size: Size) -> tuple[Any, ...]:
         tangents = [d.images(*lead, *size)] if lead is not None else []
         cotangents = [d.images(*size) if g else None, *(d.images(*t.shape) for t in tangents)][:grads]
         vectors = (d.vector(*size[:2]) if bias else None, d.vector(size[1]), d.vector(size[1]))
-        return *cotangents, d.images(*size), *tangents, *vectors, 2, 1e-6, silu
+        call = (d.images(*size), *tangents, *vectors)
+        if not grads:
+            return *call, 2, 1e-6, silu
+        statistics = OPS[f"group_norm_silu{'_jvp' if tangents else ''}"].reference(*call, 2, 1e-6, silu)
+        return *cotangents, *call, *statistics[1 + len(tangents) :], 2, silu
 
     return build
 

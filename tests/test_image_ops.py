@@ -169,17 +169,18 @@ def calls(dtype, size=(2, 40, 9, 7, 5)) -> dict[str, tuple]:
     """Arguments of every op, of an odd size."""
     x, t, bias, gamma, beta, groups = norm_inputs(size, dtype=dtype)
     g, gdot = draw(*x.shape, seed=5, dtype=dtype), draw(*t.shape, seed=6, dtype=dtype)
-    rest = (bias, gamma, beta, groups, 1e-6, True)
+    vectors, rest = (bias, gamma, beta), (groups, 1e-6, True)
+    _, _, *stats = OPS["group_norm_silu_jvp"].reference(x, t, *vectors, *rest)
     z, d, gz, gd = (
         2 * draw(*s, seed=i, dtype=dtype, channels_last=False)
         for i, s in enumerate(((3, 7, 45), (2, 3, 7, 45), (3, 7, 45), (2, 3, 7, 45)))
     )
     p = torch.softmax(z.double(), -1).to(dtype)
     return {
-        "group_norm_silu": (x, *rest),
-        "group_norm_silu_jvp": (x, t, *rest),
-        "group_norm_silu_vjp": (g, x, *rest),
-        "group_norm_silu_jvp_vjp": (g, gdot, x, t, *rest),
+        "group_norm_silu": (x, *vectors, *rest),
+        "group_norm_silu_jvp": (x, t, *vectors, *rest),
+        "group_norm_silu_vjp": (g, x, *vectors, stats[0], groups, True),
+        "group_norm_silu_jvp_vjp": (g, gdot, x, t, *vectors, *stats, groups, True),
         "softmax": (z,),
         "softmax_jvp": (z, d),
         "softmax_vjp": (gz, p),
@@ -250,7 +251,7 @@ EIGHT = torch.ones(8)
         (lambda x: ops.group_norm_silu_jvp(x, x, None, EIGHT, EIGHT, groups=2), "tangents expected"),
         (lambda x: ops.fir(x, (), up=2), "fir: x expected images large enough for 0 taps"),
         (lambda x: ops.fir(x, (1, 1), up=0), "fir: up, down expected"),
-        (lambda x: ops.fir(x.long(), (1, 1)), "fir: x expected floating-point images"),
+        (lambda x: ops.fir(x.long(), (1, 1)), "fir: x expected a floating-point tensor"),
         (lambda x: ops.scaled_add(x, x[:1], 1.0), "scaled_add: b expected"),
         (lambda x: ops.softmax_jvp(x, x), "softmax: tangents expected"),
     ],

@@ -31,6 +31,8 @@ void fir(const T* x, const double* filter, T* y, int64_t images, int64_t height,
   {
     Buffer<A> column(line);  // the vertical sum
     Buffer<A> weights(taps);
+    Buffer<Window> windows(cols);
+    for (int64_t o = 0; o < cols; ++o) windows[o] = window(o, width, taps, up, down, pad);
     for (int64_t j = 0; j < taps; ++j) weights[j] = static_cast<A>(filter[j]);
     A* const sums = column.data();
     const A* const f = weights.data();
@@ -48,7 +50,7 @@ void fir(const T* x, const double* filter, T* y, int64_t images, int64_t height,
         store_lanes(sums + i, total, lanes);
       }
       for (int64_t o = 0; o < cols; ++o) {
-        const Window h = window(o, width, taps, up, down, pad);
+        const Window h = windows[o];
         const A* from = sums + h.first * channels;
         T* to = y + (index * cols + o) * channels;
         int64_t c = 0;

@@ -31,15 +31,25 @@ template <typename T>
 QCSBM_INLINE void softmax_row(const T* z, acc_t<T>* p, int64_t cols) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  A largest = load(z[0]);
-  for (int64_t i = 1; i < cols; ++i) largest = load(z[i]) > largest ? load(z[i]) : largest;
+  constexpr int64_t W = kLanes<T>;
+  V top = broadcast<V>(load(z[0]));
+  int64_t j = 0;
+  for (; j + W <= cols; j += W) {
+    const V v = load_lanes(z + j);
+    top = v > top ? v : top;
+  }
+  A largest = top[0];
+  for (int64_t i = 1; i < W; ++i) largest = top[i] > largest ? top[i] : largest;
+  for (; j < cols; ++j) largest = load(z[j]) > largest ? load(z[j]) : largest;
   for_row<T>(cols, [&](int64_t i, int64_t lanes) QCSBM_LAMBDA {
     const V e = exponential(load_lanes(z + i, lanes) - largest);
     store_lanes(p + i, e, lanes);
   });
   const A total = sum_row<A>(cols, [&](int64_t i, int64_t lanes) QCSBM_LAMBDA { return load_lanes(p + i, lanes); });
   const A inverse = A(1) / total;
-  for (int64_t i = 0; i < cols; ++i) p[i] *= inverse;
+  for_row<A>(cols, [&](int64_t i, int64_t lanes) QCSBM_LAMBDA {
+    store_lanes(p + i, load_lanes(p + i, lanes) * inverse, lanes);
+  });
 }
 
 }  // namespace
@@ -53,7 +63,9 @@ void softmax(const T* z, T* p, int64_t rows, int64_t cols) {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       softmax_row(z + r * cols, row.data(), cols);
-      for (int64_t i = 0; i < cols; ++i) p[r * cols + i] = store<T>(row[i]);
+      for_row<T>(cols, [&](int64_t i, int64_t lanes) QCSBM_LAMBDA {
+        store_lanes(p + r * cols + i, load_lanes(row.data() + i, lanes), lanes);
+      });
     }
   }
 }
@@ -68,7 +80,9 @@ void softmax_jvp(const T* z, const T* tangents, T* p, T* pdot, int64_t rows, int
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       softmax_row(z + r * cols, row.data(), cols);
-      for (int64_t i = 0; i < cols; ++i) p[r * cols + i] = store<T>(q[i]);
+      for_row<T>(cols, [&](int64_t i, int64_t lanes) QCSBM_LAMBDA {
+        store_lanes(p + r * cols + i, load_lanes(q + i, lanes), lanes);
+      });
       for (int64_t k = 0; k < probes; ++k) {
         const T* d = tangents + (k * rows + r) * cols;
         T* out = pdot + (k * rows + r) * cols;

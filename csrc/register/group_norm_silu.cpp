@@ -1,17 +1,13 @@
 #include "images.h"
 
 QCSBM_KERNEL(
-    template <typename T> void group_norm_silu(const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, T*, int64_t,
-                                               int64_t, int64_t, int64_t, double, bool);
-    template <typename T> void group_norm_silu_jvp(const T*, const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,
-                                                   T*, T*, int64_t, int64_t, int64_t, int64_t, int64_t, double, bool);
-    template <typename T> void group_norm_silu_vjp(const T*, const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,
-                                                   T*, acc_t<T>*, acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t,
-                                                   int64_t, double, bool);
-    template <typename T> void group_norm_silu_jvp_vjp(const T*, const T*, const T*, const T*, const acc_t<T>*,
-                                                       const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*, acc_t<T>*,
-                                                       acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t, double,
-                                                       bool);)
+    template <typename T> void group_norm_silu(const T*, const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, T*,
+                                               T*, acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                               double, bool);
+    template <typename T> void group_norm_silu_adjoint(const T*, const T*, const T*, const T*, const acc_t<T>*,
+                                                       const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,
+                                                       const acc_t<T>*, T*, T*, acc_t<T>*, acc_t<T>*, acc_t<T>*,
+                                                       int64_t, int64_t, int64_t, int64_t, int64_t, bool);)
 
 namespace qcsbm {
 namespace {
@@ -38,61 +34,77 @@ Tensor bias_gradient(const Tensor& x, const Bias& bias) {
   return torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulate_type(x));
 }
 
-Tensor forward(const Tensor& x, const Bias& bias, const Tensor& gamma, const Tensor& beta, int64_t groups, double eps,
-               bool silu) {
-  const Sizes s("group_norm_silu", x, bias, gamma, beta, groups);
-  Tensor y = empty_images(x);
-  for_type(x.scalar_type(), "group_norm_silu", [&]<typename T>() {
-    using A = acc_t<T>;
-    QCSBM_RUN(group_norm_silu, (T), in<T>(x), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y), s.batch, s.pixels,
-              s.channels, groups, eps, silu);
-  });
-  return y;
+Tensor new_statistics(const Tensor& x, int64_t groups) {
+  return torch::stable::new_empty(x, {x.size(0), groups, 2}, accumulate_type(x));
 }
 
-std::tuple<Tensor, Tensor> jvp(const Tensor& x, const Tensor& tangents, const Bias& bias, const Tensor& gamma,
-                               const Tensor& beta, int64_t groups, double eps, bool silu) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Bias& bias, const Tensor& gamma, const Tensor& beta,
+                                   int64_t groups, double eps, bool silu) {
+  const Sizes s("group_norm_silu", x, bias, gamma, beta, groups);
+  Tensor y = empty_images(x), statistics = new_statistics(x, groups);
+  for_type(x.scalar_type(), "group_norm_silu", [&]<typename T>() {
+    using A = acc_t<T>;
+    QCSBM_RUN(group_norm_silu, (T), in<T>(x), nullptr, in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y), nullptr,
+              out<A>(statistics), nullptr, s.batch, s.pixels, s.channels, groups, 0, eps, silu);
+  });
+  return {y, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> jvp(const Tensor& x, const Tensor& tangents, const Bias& bias,
+                                               const Tensor& gamma, const Tensor& beta, int64_t groups, double eps,
+                                               bool silu) {
   const Sizes s("group_norm_silu_jvp", x, bias, gamma, beta, groups);
   check_images_like(tangents, x, "group_norm_silu_jvp", "tangents", 1);
-  Tensor y = empty_images(x), ydot = empty_images(tangents);
+  const int64_t probes = tangents.size(0);
+  Tensor y = empty_images(x), ydot = empty_images(tangents), statistics = new_statistics(x, groups);
+  Tensor tangent_statistics = torch::stable::new_empty(x, {probes, s.batch, groups, 2}, accumulate_type(x));
   for_type(x.scalar_type(), "group_norm_silu_jvp", [&]<typename T>() {
     using A = acc_t<T>;
-    QCSBM_RUN(group_norm_silu_jvp, (T), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y),
-              out<T>(ydot), s.batch, s.pixels, s.channels, groups, tangents.size(0), eps, silu);
+    QCSBM_RUN(group_norm_silu, (T), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y),
+              out<T>(ydot), out<A>(statistics), out<A>(tangent_statistics), s.batch, s.pixels, s.channels, groups,
+              probes, eps, silu);
   });
-  return {y, ydot};
+  return {y, ydot, statistics, tangent_statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vjp(const Tensor& g, const Tensor& x, const Bias& bias, const Tensor& gamma,
-                                               const Tensor& beta, int64_t groups, double eps, bool silu) {
+                                               const Tensor& beta, const Tensor& statistics, int64_t groups,
+                                               bool silu) {
   const Sizes s("group_norm_silu_vjp", x, bias, gamma, beta, groups);
   check_images_like(g, x, "group_norm_silu_vjp", "g");
+  check_vector(statistics, 2 * s.batch * groups, x, "group_norm_silu_vjp", "statistics");
   Tensor gx = empty_images(x), gbias = bias_gradient(x, bias), ggamma = new_vector(x, s.channels),
          gbeta = new_vector(x, s.channels);
   for_type(x.scalar_type(), "group_norm_silu_vjp", [&]<typename T>() {
     using A = acc_t<T>;
-    QCSBM_RUN(group_norm_silu_vjp, (T), in<T>(g), in<T>(x), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(gx),
-              bias ? out<A>(gbias) : nullptr, out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups, eps,
-              silu);
+    QCSBM_RUN(group_norm_silu_adjoint, (T), in<T>(g), nullptr, in<T>(x), nullptr, in<A>(bias), in<A>(gamma),
+              in<A>(beta), in<A>(statistics), nullptr, out<T>(gx), nullptr, bias ? out<A>(gbias) : nullptr,
+              out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups, 0, silu);
   });
   return {gx, gbias, ggamma, gbeta};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jvp_vjp(const std::optional<Tensor>& g, const Tensor& gdot,
                                                            const Tensor& x, const Tensor& tangents, const Bias& bias,
-                                                           const Tensor& gamma, const Tensor& beta, int64_t groups,
-                                                           double eps, bool silu) {
-  const Sizes s("group_norm_silu_jvp_vjp", x, bias, gamma, beta, groups);
-  if (g) check_images_like(*g, x, "group_norm_silu_jvp_vjp", "g");
-  check_images_like(tangents, x, "group_norm_silu_jvp_vjp", "tangents", 1);
-  check_images_like(gdot, tangents, "group_norm_silu_jvp_vjp", "gdot");
+                                                           const Tensor& gamma, const Tensor& beta,
+                                                           const Tensor& statistics, const Tensor& tangent_statistics,
+                                                           int64_t groups, bool silu) {
+  const char* op = "group_norm_silu_jvp_vjp";
+  const Sizes s(op, x, bias, gamma, beta, groups);
+  if (g) check_images_like(*g, x, op, "g");
+  check_images_like(tangents, x, op, "tangents", 1);
+  check_images_like(gdot, tangents, op, "gdot");
+  const int64_t probes = tangents.size(0);
+  check_vector(statistics, 2 * s.batch * groups, x, op, "statistics");
+  check_vector(tangent_statistics, 2 * probes * s.batch * groups, x, op, "tangent_statistics");
   Tensor gx = empty_images(x), gt = empty_images(tangents), gbias = bias_gradient(x, bias),
          ggamma = new_vector(x, s.channels), gbeta = new_vector(x, s.channels);
-  for_type(x.scalar_type(), "group_norm_silu_jvp_vjp", [&]<typename T>() {
+  for_type(x.scalar_type(), op, [&]<typename T>() {
     using A = acc_t<T>;
-    QCSBM_RUN(group_norm_silu_jvp_vjp, (T), in<T>(g), in<T>(gdot), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma),
-              in<A>(beta), out<T>(gx), out<T>(gt), bias ? out<A>(gbias) : nullptr, out<A>(ggamma), out<A>(gbeta),
-              s.batch, s.pixels, s.channels, groups, tangents.size(0), eps, silu);
+    QCSBM_RUN(group_norm_silu_adjoint, (T), in<T>(g), in<T>(gdot), in<T>(x), in<T>(tangents), in<A>(bias),
+              in<A>(gamma), in<A>(beta), in<A>(statistics), in<A>(tangent_statistics), out<T>(gx), out<T>(gt),
+              bias ? out<A>(gbias) : nullptr, out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups,
+              probes, silu);
   });
   return {gx, gt, gbias, ggamma, gbeta};
 }

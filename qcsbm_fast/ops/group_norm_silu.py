@@ -14,7 +14,7 @@ value and tangents, with `w_k = gamma silu'(a) g'_k`, is
     h    = gamma (silu'(a) g + silu''(a) sum_k a'_k g'_k) - r sum_k (mean(n t_k) w_k + mean(n w_k) t_k).
 
 The bias is one number per sample and channel, the embedding of the noise level; it carries no tangent. All
-`K` tangents share one read of `x`. Variances are two-pass; sums are in float32 (float64 for float64);
+`K` tangents share one read of `x`. Variances are centred; sums are in float32 (float64 for float64);
 deterministic.
 """
 
@@ -31,19 +31,34 @@ from .registry import Op, accumulate_dtype
 
 
 class _Groups:
-    """The quantities of the formulas, as `(B, G, C/G, H W)` in the accumulation dtype."""
+    """The quantities of the formulas, as `(B, G, C/G, H W)` in the accumulation dtype.
+
+    `statistics` `(B, G, 2)` are `mu` and `r`.
+    """
 
     def __init__(
-        self, x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor,
+        groups: int,
+        silu: bool,
+        *,
+        eps: float = 0.0,
+        statistics: Tensor | None = None,
     ):
         self.shape, self.groups, self.dtype = x.shape, groups, accumulate_dtype(x.dtype)
         u = self.split(x)
         if bias is not None:
             u = u + bias.reshape(x.shape[0], groups, x.shape[1] // groups, 1)
+        if statistics is None:
+            mu = self.mean(u)
+            statistics = self.pair(mu, torch.rsqrt(self.mean((u - mu).square()) + eps))
+        self.statistics = statistics
         self.gamma = gamma.reshape(groups, -1, 1)
-        centred = u - self.mean(u)
-        self.r = torch.rsqrt(self.mean(centred * centred) + eps)
-        self.n = centred * self.r
+        mu, self.r = (value[..., None, None] for value in statistics.unbind(-1))
+        self.n = (u - mu) * self.r
         a = self.gamma * self.n + beta.reshape(groups, -1, 1)
         if silu:
             s = torch.sigmoid(a)
@@ -63,8 +78,9 @@ class _Groups:
     def mean(self, value: Tensor) -> Tensor:
         return value.mean((-2, -1), keepdim=True)
 
-    def project(self, t: Tensor) -> Tensor:
-        return t - self.mean(t) - self.n * self.mean(self.n * t)
+    def pair(self, a: Tensor, b: Tensor) -> Tensor:
+        """Two numbers per group, `(*, G, 1, 1)`, as `(*, G, 2)`."""
+        return torch.stack([a, b], -1).flatten(-3, -2).squeeze(-2)
 
     def channels(self, value: Tensor) -> Tensor:
         """Sum over samples and pixels, `(C,)`."""
@@ -76,9 +92,9 @@ class _Groups:
 
 def _reference(
     x: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool
-) -> Tensor:
-    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
-    return s.join(s.y, x)
+) -> tuple[Tensor, Tensor]:
+    s = _Groups(x, bias, gamma, beta, groups, silu, eps=eps)
+    return s.join(s.y, x), s.statistics
 
 
 def _reference_jvp(
@@ -90,9 +106,12 @@ def _reference_jvp(
     groups: int,
     eps: float,
     silu: bool,
-) -> tuple[Tensor, Tensor]:
-    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
-    return s.join(s.y, x), s.join(s.slope * s.gamma * s.r * s.project(s.split(tangents)), tangents)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = _Groups(x, bias, gamma, beta, groups, silu, eps=eps)
+    t = s.split(tangents)
+    t_mean, nt_mean = s.mean(t), s.mean(s.n * t)
+    ydot = s.slope * s.gamma * s.r * (t - t_mean - s.n * nt_mean)
+    return s.join(s.y, x), s.join(ydot, tangents), s.statistics, s.pair(t_mean, nt_mean)
 
 
 def _reference_vjp(
@@ -101,13 +120,14 @@ def _reference_vjp(
     bias: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
+    statistics: Tensor,
     groups: int,
-    eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
+    s = _Groups(x, bias, gamma, beta, groups, silu, statistics=statistics)
     ga = s.slope * s.split(g)
-    gx = s.r * s.project(s.gamma * ga)
+    h = s.gamma * ga
+    gx = s.r * (h - s.mean(h) - s.n * s.mean(s.n * h))
     return s.join(gx, x), s.bias_gradient(gx, bias), s.channels(ga * s.n), s.channels(ga)
 
 
@@ -119,66 +139,94 @@ def _reference_jvp_vjp(
     bias: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
+    statistics: Tensor,
+    tangent_statistics: Tensor,
     groups: int,
-    eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    s = _Groups(x, bias, gamma, beta, groups, eps, silu)
+    s = _Groups(x, bias, gamma, beta, groups, silu, statistics=statistics)
+    t_mean, nt_mean = (value[..., None, None] for value in tangent_statistics.unbind(-1))
     t, gdot_ = s.split(tangents), s.split(gdot)
-    pt, w = s.project(t), s.gamma * s.slope * gdot_
+    pt, w = t - t_mean - s.n * nt_mean, s.gamma * s.slope * gdot_
     ga = s.bend * (s.gamma * s.r * pt * gdot_).sum(0)
     if g is not None:
         ga = ga + s.slope * s.split(g)
-    h = s.gamma * ga - s.r * (s.mean(s.n * t) * w + s.mean(s.n * w) * t).sum(0)
-    gx = s.r * s.project(h) - s.r**2 * s.n * s.mean(w * pt).sum(0)
+    w_mean, nw_mean = s.mean(w), s.mean(s.n * w)
+    h = s.gamma * ga - s.r * (nt_mean * w + nw_mean * t).sum(0)
+    gx = s.r * (h - s.mean(h) - s.n * (s.mean(s.n * h) + s.r * s.mean(w * pt).sum(0)))
     ggamma = ga * s.n + s.r * (s.slope * gdot_ * pt).sum(0)
-    gt = s.join(s.r * s.project(w), tangents)
+    gt = s.join(s.r * (w - w_mean - s.n * nw_mean), tangents)
     return s.join(gx, x), gt, s.bias_gradient(gx, bias), s.channels(ggamma), s.channels(ga)
 
 
-_TAIL = "Tensor? bias, Tensor gamma, Tensor beta, int groups, float eps, bool silu)"
-_op = Op(f"group_norm_silu(Tensor x, {_TAIL} -> Tensor", _reference)
-_vjp = Op(
-    f"group_norm_silu_vjp(Tensor g, Tensor x, {_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _reference_vjp
+_VECTORS = "Tensor? bias, Tensor gamma, Tensor beta"
+_op = Op(
+    f"group_norm_silu(Tensor x, {_VECTORS}, int groups, float eps, bool silu) -> (Tensor, Tensor)", _reference
 )
-_jvp = Op(f"group_norm_silu_jvp(Tensor x, Tensor tangents, {_TAIL} -> (Tensor, Tensor)", _reference_jvp)
+_vjp = Op(
+    f"group_norm_silu_vjp(Tensor g, Tensor x, {_VECTORS}, Tensor statistics, int groups, bool silu) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _reference_vjp,
+)
+_jvp = Op(
+    f"group_norm_silu_jvp(Tensor x, Tensor tangents, {_VECTORS}, int groups, float eps, bool silu) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _reference_jvp,
+)
 _jvp_vjp = Op(
-    f"group_norm_silu_jvp_vjp(Tensor? g, Tensor gdot, Tensor x, Tensor tangents, {_TAIL} "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"group_norm_silu_jvp_vjp(Tensor? g, Tensor gdot, Tensor x, Tensor tangents, {_VECTORS}, Tensor statistics, "
+    "Tensor tangent_statistics, int groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference_jvp_vjp,
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.groups, ctx.eps, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+def _refuse_statistics(*grads: Tensor | None) -> None:
+    if any(g is not None for g in grads):
+        raise NotImplementedError("group_norm_silu: the statistics have no derivative; detach them")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.groups, _, ctx.silu = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, g: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
+    _refuse_statistics(*rest)
     if g is None:
         return (None,) * 7
-    x, bias, gamma, beta = ctx.saved_tensors
-    gx, gbias, ggamma, gbeta = _vjp(to_channels_last(g), x, bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
+    x, bias, gamma, beta, statistics = ctx.saved_tensors
+    gx, gbias, ggamma, gbeta = _vjp(
+        to_channels_last(g), x, bias, gamma, beta, statistics, ctx.groups, ctx.silu
+    )
     return gx, None if bias is None else gbias, ggamma, gbeta, None, None, None
 
 
-def _jvp_backward(ctx: Any, g: Tensor | None, gdot: Tensor | None) -> tuple[Any, ...]:
+def _jvp_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.groups, _, ctx.silu = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _jvp_backward(ctx: Any, g: Tensor | None, gdot: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
+    _refuse_statistics(*rest)
     if g is None and gdot is None:
         return (None,) * 8
-    x, tangents, bias, gamma, beta = ctx.saved_tensors
-    rest = (bias, gamma, beta, ctx.groups, ctx.eps, ctx.silu)
+    x, tangents, bias, gamma, beta, statistics, tangent_statistics = ctx.saved_tensors
     g = None if g is None else to_channels_last(g)
+    own = (bias, gamma, beta, statistics)
     if gdot is None:
-        gx, gbias, ggamma, gbeta = _vjp(g, x, *rest)
+        gx, gbias, ggamma, gbeta = _vjp(g, x, *own, ctx.groups, ctx.silu)
         gt = None
     else:
-        gx, gt, gbias, ggamma, gbeta = _jvp_vjp(g, to_channels_last(gdot), x, tangents, *rest)
+        gx, gt, gbias, ggamma, gbeta = _jvp_vjp(
+            g, to_channels_last(gdot), x, tangents, *own, tangent_statistics, ctx.groups, ctx.silu
+        )
     return gx, gt, None if bias is None else gbias, ggamma, gbeta, None, None, None
 
 
 _op.set_backward(_backward, _save)
-_jvp.set_backward(_jvp_backward, _save)
+_jvp.set_backward(_jvp_backward, _jvp_save)
 
 
 def _checked(
@@ -224,7 +272,7 @@ def group_norm_silu(
     Raises:
         ValueError: naming the argument, for a wrong shape, dtype or device.
     """
-    return _op(*_checked(x, bias, gamma, beta, groups), groups, eps, silu)
+    return _op(*_checked(x, bias, gamma, beta, groups), groups, eps, silu)[0]
 
 
 def group_norm_silu_jvp(
@@ -246,4 +294,4 @@ def group_norm_silu_jvp(
     tangents = any_layout("group_norm_silu", "tangents", tangents)
     if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
         fail("group_norm_silu", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
-    return _jvp(x, to_channels_last(tangents), *rest, groups, eps, silu)
+    return _jvp(x, to_channels_last(tangents), *rest, groups, eps, silu)[:2]
