@@ -1,8 +1,9 @@
 """One step of a stochastic sampler, `x' = a x + b s + c z`, and its mean `a x + b s`, in one pass.
 
-Euler-Maruyama, reverse diffusion, ancestral sampling and DDIM are this step with different coefficients
-(Song et al. 2021, appendix E). Computed in float32 (float64 for float64) with the float32-valued `z` of
-`philox_normal`; deterministic.
+Euler-Maruyama, reverse diffusion, ancestral sampling and DDIM are this step with different coefficients (Song
+et al. 2021, appendix E). Computed in float32 (float64 for float64) with the float32-valued `z` of
+`philox_normal`; deterministic; error below 2e-7 of the largest value (in float64 too, from the normals), in
+bfloat16 its rounding.
 """
 
 from __future__ import annotations
