@@ -136,29 +136,27 @@ void bias_act_jvp_vjp(const T* g, const T* gdot, const T* x, const T* tangents, 
       A to_bias[kStrip] = {}, to_p[kStrip] = {};
       for (int64_t i = rows * part / kParts; i < rows * (part + 1) / kParts; ++i) {
         const int64_t at = i * cols + j0;
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) {
-          slope[j] = Act::jet(load(x[at + j]) + b[j], q[j]).dx;
-          inner[j] = A(0);
-        }
+        std::fill(inner, inner + n, A(0));
         for (int64_t k = 0; k < probes; ++k) {
           const T* in = gdot + k * size + at;
           const T* t = tangents + k * size + at;
-          T* out = gt + k * size + at;
 #pragma omp simd
-          for (int64_t j = 0; j < n; ++j) {
-            const A c = load(in[j]);
-            out[j] = store<T>(slope[j] * c);
-            inner[j] += c * load(t[j]);
-          }
+          for (int64_t j = 0; j < n; ++j) inner[j] += load(in[j]) * load(t[j]);
         }
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           const Jet<A> f = Act::jet(load(x[at + j]) + b[j], q[j]);
           const A gy = g ? load(g[at + j]) : A(0), v = f.dx * gy + f.dxx * inner[j];
           gx[at + j] = store<T>(v);
+          slope[j] = f.dx;
           to_bias[j] += v;
           to_p[j] += f.dp * gy + f.dxp * inner[j];
+        }
+        for (int64_t k = 0; k < probes; ++k) {
+          const T* in = gdot + k * size + at;
+          T* out = gt + k * size + at;
+#pragma omp simd
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(slope[j] * load(in[j]));
         }
       }
       if (gbias) std::copy(to_bias, to_bias + n, sum_bias.part(part) + j0);
