@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,11 +34,11 @@ def _synchronize() -> None:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     *,
     repeats: int = 15,
     warmup: int = 3,
-    floors: dict[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """Runs all functions in turn, `repeats` times; the first is the baseline of the speed-ups.
 

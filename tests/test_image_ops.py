@@ -232,7 +232,9 @@ def test_empty_images(size):
     assert ops.group_norm_silu(x, None, gamma, gamma, groups=2).shape == size
     y, ydot = ops.group_norm_silu_jvp(x, t, None, gamma, gamma, groups=2)
     (y.sum() + ydot.sum()).backward()
-    assert y.shape == size and ydot.shape == (2, *size) and x.grad is not None
+    assert y.shape == size
+    assert ydot.shape == (2, *size)
+    assert x.grad is not None
     assert ops.scaled_add(x, x, 1.0).shape == size
     if size[0] == 0:
         assert ops.fir(x, (1, 1), up=2, pad=(1, 0)).shape == (0, 8, 8, 8)
