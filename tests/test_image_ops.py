@@ -205,7 +205,7 @@ def test_kernels_are_as_accurate_as_references(name, dtype):
     outs = [OPS[name].overload(*arguments), OPS[name].reference(*arguments), OPS[name].reference(*wide)]
     outs = [(o,) if isinstance(o, Tensor) else o for o in outs]
     for index, (ours, same, exact) in enumerate(zip(*outs, strict=True)):
-        assert ours.dtype == same.dtype and ours.shape == same.shape and ours.stride() == same.stride(), index
+        assert (ours.dtype, ours.shape, ours.stride()) == (same.dtype, same.shape, same.stride()), index
         assert error(ours, exact) <= 2 * error(same, exact) + 4 * torch.finfo(dtype).eps, index
 
 
