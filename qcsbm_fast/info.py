@@ -17,15 +17,13 @@ def build_record() -> dict[str, str]:
     """How the binary modules were built; empty if they were not."""
     if importlib.util.find_spec("qcsbm_fast._host") is None:
         return {}
-    from . import _host  # pyright: ignore[reportAttributeAccessIssue]
+    from . import _host
 
     return json.loads(_host.build_record())
 
 
 def _instruction_set() -> str:
-    if importlib.util.find_spec("qcsbm_fast._host") is None:
-        return ""
-    from . import _host  # pyright: ignore[reportAttributeAccessIssue]
+    from . import _host
 
     active, best = _host.active_isa(), _host.best_isa()
     return active if active == best else f"{active} (QCSBM_CPU_CAPABILITY; the processor has {best})"
