@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcsbm_fast.dual import Dual
 from qcsbm_fast.nn.ncsnpp import NCSNpp, NCSNppConfig
@@ -319,3 +321,38 @@ def test_authors_settings():
         NCSNppConfig.from_dict({"nonlinearity": "elu"})
     with pytest.raises(ValueError, match="channels: expected a multiple of 4"):
         NCSNpp(NCSNppConfig(nf=18))
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of every function on tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"resblock_type": "ddpm", "fir": False}, {"progressive": "residual"}], ids=str
+)
+def test_the_vjp_does_not_pass_through_the_tangents(options):
+    """J^T v after a dual pass runs the functions that it runs after a plain one: no zeros flow back to tangents."""
+    net = tiny(**options)
+    x, v, sigma = inputs(net)
+    leaf = x.requires_grad_()
+    counts = []
+    for value in (net(leaf, sigma), net(Dual(leaf, v), sigma).primal):
+        with Calls() as calls:
+            torch.autograd.grad(value, leaf, v[0], retain_graph=True)
+        counts.append(calls.counts)
+    work = [
+        name
+        for name in counts[0] | counts[1]
+        if name.startswith("qcsbm") or name.endswith(("backward", "mm"))
+    ]
+    assert counts[0]["aten::convolution_backward"] > 10
+    for name in work:
+        assert counts[1][name] == counts[0][name], name

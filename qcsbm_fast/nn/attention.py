@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import dual, ops
@@ -14,16 +15,25 @@ from .image_layers import GroupNormSiLU, add
 
 
 def attend(query: V, key: V, value: V) -> V:
-    """`softmax(query key^T) value`, `(B, N, C) -> (B, N, C)`; with `z = query key^T`, `p = softmax(z)` the
-    tangents are
+    """`softmax(query key^T) value`, `(B, N, C) -> (B, N, C)`.
 
-    `p' value + p value'`, where `p'` is the tangent of the softmax at `z' = query' key^T + query key'^T`.
+    With `z = query key^T` and `p = softmax(z)` the tangents are `p' value + p value'`, where `p'` is the tangent of
+    the softmax at `z' = [query', query] [key, key']^T`, one product.
     """
     if isinstance(query, Dual) and isinstance(key, Dual) and isinstance(value, Dual):
-        z = query.primal @ key.primal.mT
-        z_tangents = query.tangents @ key.primal.mT + query.primal @ key.tangents.mT
-        p, p_tangents = ops.softmax_jvp(z, z_tangents)
-        return Dual(p @ value.primal, p_tangents @ value.primal + p @ value.tangents)
+        probes, batch = query.tangents.shape[:2]
+        left = torch.cat([query.tangents, query.primal.expand_as(query.tangents)], -1)
+        right = torch.cat([key.primal.expand_as(key.tangents), key.tangents], -1)
+        z_tangents = torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT).unflatten(0, (probes, batch))
+        p, p_tangents = ops.softmax_jvp(torch.bmm(query.primal, key.primal.mT), z_tangents)
+        # p with all value', side by side: p is not repeated. The value is a product of its own, so that J^T v does not
+        # pass through the tangents.
+        columns = value.tangents.permute(1, 2, 0, 3).flatten(2)
+        around = torch.bmm(p, columns).unflatten(2, (probes, -1)).permute(2, 0, 1, 3)
+        through = torch.bmm(
+            p_tangents.flatten(0, 1), value.primal.expand_as(value.tangents).flatten(0, 1)
+        ).unflatten(0, (probes, batch))
+        return Dual(torch.bmm(p, value.primal), around + through)
     return ops.softmax(query @ key.mT) @ value  # pyright: ignore[reportOperatorIssue]
 
 

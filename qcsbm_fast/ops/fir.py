@@ -48,9 +48,12 @@ _op = Op("fir(Tensor x, float[] taps, int up, int down, int pad, int rows, int c
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, ctx.taps, ctx.up, ctx.down, ctx.pad, *_ = inputs
     ctx.size = x.shape[-2:]
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+    if g is None:
+        return (None,) * 7
     gx = _op(to_channels_last(g), ctx.taps[::-1], ctx.down, ctx.up, len(ctx.taps) - 1 - ctx.pad, *ctx.size)
     return gx, *(None,) * 6
 

@@ -26,9 +26,12 @@ _op = Op("scaled_add(Tensor a, Tensor b, float scale) -> Tensor", _reference)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.scale = inputs[2]
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+    if g is None:  # J^T v of a dual pass: the tangents have no cotangent, and zeros would cost as much as one
+        return None, None, None
     scaled = g * ctx.scale
     return scaled, scaled, None
 

@@ -58,9 +58,12 @@ _jvp_vjp = Op(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g: Tensor) -> Tensor:
+def _backward(ctx: Any, g: Tensor | None) -> Tensor | None:
+    if g is None:
+        return None
     (p,) = ctx.saved_tensors
     return _vjp(g.contiguous(), p)
 
