@@ -11,11 +11,20 @@ constexpr int64_t kStrip = 256;
 // Rows are reduced in a fixed number of parts, added in order: the sums do not depend on the number of threads.
 constexpr int64_t kParts = 16;
 
-// bias or parameter of a strip as an array of A, whether given per channel, as one constant, or not at all.
-template <typename A, typename P>
-inline void gather(A* out, const P* given, A constant, int64_t begin, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) out[j] = given ? static_cast<A>(given[begin + j]) : constant;
-}
+// Bias or parameter as an array, whether given per channel, as one constant, or not at all: the inner loops know no
+// difference, and vectorise.
+template <typename A>
+class Channels {
+ public:
+  Channels(const A* given, A constant, int64_t cols) : values_(cols) {
+    if (given) std::copy(given, given + cols, values_.data());
+    else std::fill(values_.data(), values_.data() + cols, constant);
+  }
+  const A* operator+(int64_t begin) { return values_.data() + begin; }
+
+ private:
+  Buffer<A> values_;
+};
 
 template <typename A>
 struct Sums {
@@ -37,22 +46,12 @@ struct Sums {
 template <typename Act, typename T>
 void bias_act(const T* x, const acc_t<T>* bias, const acc_t<T>* p, acc_t<T> constant, T* y, int64_t rows, int64_t cols) {
   using A = acc_t<T>;
+  Channels<A> biases(bias, A(0), cols), parameters(p, constant, cols);
 #pragma omp parallel for schedule(static) if (rows * cols > kGrain)
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j0 = 0; j0 < cols; j0 += kStrip) {
-      const int64_t n = std::min(kStrip, cols - j0);
-      const T* xi = x + i * cols + j0;
-      T* yi = y + i * cols + j0;
-      if (p) {
+    const A *b = biases + 0, *q = parameters + 0;
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j)
-          yi[j] = store<T>(Act::jet(load(xi[j]) + (bias ? bias[j0 + j] : A(0)), p[j0 + j]).value);
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j)
-          yi[j] = store<T>(Act::jet(load(xi[j]) + (bias ? bias[j0 + j] : A(0)), constant).value);
-      }
-    }
+    for (int64_t j = 0; j < cols; ++j) y[i * cols + j] = store<T>(Act::jet(load(x[i * cols + j]) + b[j], q[j]).value);
   }
 }
 
@@ -61,13 +60,13 @@ void bias_act_jvp(const T* x, const T* tangents, const acc_t<T>* bias, const acc
                   int64_t rows, int64_t cols, int64_t probes) {
   using A = acc_t<T>;
   const int64_t size = rows * cols;
+  Channels<A> biases(bias, A(0), cols), parameters(p, constant, cols);
 #pragma omp parallel for schedule(static) if (size * (1 + probes) > kGrain)
   for (int64_t i = 0; i < rows; ++i) {
-    A b[kStrip], q[kStrip], slope[kStrip];
+    A slope[kStrip];
     for (int64_t j0 = 0; j0 < cols; j0 += kStrip) {
       const int64_t n = std::min(kStrip, cols - j0), at = i * cols + j0;
-      gather(b, bias, A(0), j0, n);
-      gather(q, p, constant, j0, n);
+      const A *b = biases + j0, *q = parameters + j0;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const Jet<A> f = Act::jet(load(x[at + j]) + b[j], q[j]);
@@ -90,13 +89,12 @@ void bias_act_vjp(const T* g, const T* x, const acc_t<T>* bias, const acc_t<T>* 
                   acc_t<T>* gbias, acc_t<T>* gp, int64_t rows, int64_t cols) {
   using A = acc_t<T>;
   Sums<A> sum_bias(gbias ? cols : 0), sum_p(gp ? cols : 0);
+  Channels<A> biases(bias, A(0), cols), parameters(p, constant, cols);
 #pragma omp parallel for schedule(static) if (rows * cols > kGrain)
   for (int64_t part = 0; part < kParts; ++part) {
-    A b[kStrip], q[kStrip];
     for (int64_t j0 = 0; j0 < cols; j0 += kStrip) {
       const int64_t n = std::min(kStrip, cols - j0);
-      gather(b, bias, A(0), j0, n);
-      gather(q, p, constant, j0, n);
+      const A *b = biases + j0, *q = parameters + j0;
       A to_bias[kStrip] = {}, to_p[kStrip] = {};
       for (int64_t i = rows * part / kParts; i < rows * (part + 1) / kParts; ++i) {
         const int64_t at = i * cols + j0;
@@ -126,13 +124,13 @@ void bias_act_jvp_vjp(const T* g, const T* gdot, const T* x, const T* tangents, 
   using A = acc_t<T>;
   const int64_t size = rows * cols;
   Sums<A> sum_bias(gbias ? cols : 0), sum_p(gp ? cols : 0);
+  Channels<A> biases(bias, A(0), cols), parameters(p, constant, cols);
 #pragma omp parallel for schedule(static) if (size * (1 + probes) > kGrain)
   for (int64_t part = 0; part < kParts; ++part) {
-    A b[kStrip], q[kStrip], slope[kStrip], inner[kStrip];
+    A slope[kStrip], inner[kStrip];
     for (int64_t j0 = 0; j0 < cols; j0 += kStrip) {
       const int64_t n = std::min(kStrip, cols - j0);
-      gather(b, bias, A(0), j0, n);
-      gather(q, p, constant, j0, n);
+      const A *b = biases + j0, *q = parameters + j0;
       A to_bias[kStrip] = {}, to_p[kStrip] = {};
       for (int64_t i = rows * part / kParts; i < rows * (part + 1) / kParts; ++i) {
         const int64_t at = i * cols + j0;
