@@ -1,4 +1,4 @@
-"""What a call costs before it computes anything: each op on one row, beside an eager multiplication; and the import.
+"""What a call costs before it computes anything: each op on the smallest size, beside an eager product; and the import.
 
 python bench/overhead.py
 """
@@ -33,7 +33,7 @@ def main() -> None:
     x = torch.ones(1, 8)
     functions = {"eager multiplication": repeated(torch.mul, x, x)}
     for name, entry in TABLE.items():
-        call = arguments(entry, next(iter(entry.variants)), (1, 8), torch.float32)
+        call = arguments(entry, next(iter(entry.variants)), entry.sizes["one"], torch.float32)
         functions[f"{name}, op"] = repeated(OPS[name], *call)
         if entry.public is not None:
             functions[f"{name}, checked function"] = repeated(entry.public, *call)

@@ -24,8 +24,8 @@ _DIGITS = Config(
     model=Model(network="image-mlp", width=256, depth=3),
     objective=Objective(half=True, t_min=1e-5),
     penalty=Penalty(balancing_factor=1e-2, probes=1, fraction=0.25, time_density="inverse-sigma"),
-    optim=Optim(steps=4000, batch_size=256, lr=2e-3, warmup=200, ema=0.999),
-    evaluation=Evaluation(every=1000, points=360, levels=10, probes=4),
+    optim=Optim(steps=2500, batch_size=256, lr=2e-3, warmup=200, ema=0.999),
+    evaluation=Evaluation(every=500, points=360, levels=10, probes=4),
     sampling=Sampling(sampler="pc", count=100, steps=200, snr=0.16),
     checkpoint=Checkpoint(every=1000, keep=3),
 )
