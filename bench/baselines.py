@@ -34,16 +34,24 @@ class PlainToyMLP(nn.Module):
         return x - self.head(self.join(h))
 
 
-def exact_jacobian_loss(
-    network: nn.Module, x0: Tensor, factor: float, sigma_min: float, ratio: float
-) -> Tensor:
-    """Denoising loss plus `factor sigma^2 (tr J J^T - tr J J)`, the Jacobian by one differentiable VJP per output."""
+def noised(
+    network: nn.Module, x0: Tensor, sigma_min: float, ratio: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised data as a leaf, its noise levels, the score there and the denoising loss."""
     t = torch.rand(x0.shape[0])
     sigma = sigma_min * ratio**t
     z = torch.randn_like(x0)
     x = (x0 + sigma[:, None] * z).requires_grad_()
     score = network(x, sigma) / sigma[:, None]
     dsm = (sigma[:, None] * score + z).square().sum(1).mean()
+    return x, sigma, score, dsm
+
+
+def exact_jacobian_loss(
+    network: nn.Module, x0: Tensor, factor: float, sigma_min: float, ratio: float
+) -> Tensor:
+    """Denoising loss plus `factor sigma^2 (tr J J^T - tr J J)`, the Jacobian by one differentiable VJP per output."""
+    x, sigma, score, dsm = noised(network, x0, sigma_min, ratio)
     rows = [torch.autograd.grad(score[:, i].sum(), x, create_graph=True)[0] for i in range(x.shape[1])]
     jacobian = torch.stack(rows, 1)
     penalty = (jacobian * jacobian).sum((1, 2)) - (jacobian * jacobian.transpose(1, 2)).sum((1, 2))
@@ -52,12 +60,7 @@ def exact_jacobian_loss(
 
 def nested_loss(network: nn.Module, x0: Tensor, factor: float, sigma_min: float, ratio: float) -> Tensor:
     """The same with the paper's Hutchinson estimator: two nested VJPs, one Rademacher probe."""
-    t = torch.rand(x0.shape[0])
-    sigma = sigma_min * ratio**t
-    z = torch.randn_like(x0)
-    x = (x0 + sigma[:, None] * z).requires_grad_()
-    score = network(x, sigma) / sigma[:, None]
-    dsm = (sigma[:, None] * score + z).square().sum(1).mean()
+    x, sigma, score, dsm = noised(network, x0, sigma_min, ratio)
     v = torch.randint(0, 2, x.shape).to(x.dtype) * 2 - 1
     (once,) = torch.autograd.grad(score, x, v, create_graph=True)
     (twice,) = torch.autograd.grad(score, x, once, create_graph=True)

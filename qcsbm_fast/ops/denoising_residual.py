@@ -42,7 +42,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, loss: Tensor | None, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    if gradient is not None:  # from create_graph=True: the saved gradient is an output of this node
+    if gradient is not None:  # a second derivative: the saved gradient is an output of this node
         raise NotImplementedError(
             "denoising_residual has no second derivative; use its reference in plain torch"
         )
