@@ -12,6 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from qcsbm_fast import cli
+from qcsbm_fast.commands import train
 from qcsbm_fast.train import checkpoint, run
 from qcsbm_fast.train.config import Config
 from qcsbm_fast.train.errors import NonFiniteError
@@ -42,7 +43,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(arguments: str) -> Config:
     command = cli._parse(["train", *arguments.split()])
-    assert isinstance(command, cli.Train)
+    assert isinstance(command, train.Command)
     return command.settings
 
 

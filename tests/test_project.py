@@ -19,6 +19,7 @@ LAYERS = [
     {"penalty", "divergence", "score", "objectives", "sampling", "likelihood", "metrics", "data", "info"},
     {"train"},
     {"studies"},
+    {"commands"},
     {"cli", "__main__"},
 ]
 
