@@ -28,12 +28,12 @@ class _EnergyScore(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, network: nn.Module, x: Tensor, sigma: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.network, ctx.rewind = network, rewinder(x.device)
+    def forward(ctx: Any, score: Score, x: Tensor, sigma: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.score, ctx.rewind = score, rewinder(x.device)
         ctx.save_for_backward(x, sigma)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            field = network(leaf, sigma)
+            field = score.field(leaf, sigma)
             (product,) = torch.autograd.grad(field, leaf, field.detach())
         return -product / _column(sigma, x)
 
@@ -41,11 +41,11 @@ class _EnergyScore(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, sigma = ctx.saved_tensors
-        parameters = [p for p in ctx.network.parameters() if p.requires_grad]
+        parameters = [p for p in ctx.score.parameters() if p.requires_grad]
         ctx.rewind()
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            field = ctx.network(Dual(leaf, g[None]), sigma)
+            field = ctx.score.field(Dual(leaf, g[None]), sigma)
             slope = -(field.tangents[0] * field.primal / _column(sigma, x)).sum()
             gx, *rest = torch.autograd.grad(slope, (leaf, *parameters), allow_unused=True)
         return None, gx, None, *rest
@@ -62,30 +62,48 @@ class Score(nn.Module):
         network: `f(x, sigma)`, `(B, *), (B,) -> (B, *)`, for tensors and duals.
         sde: the forward process.
         kind: one of the three above.
+        autocast: dtype of the network's activations and tangents, such as `torch.bfloat16`, by `torch.autocast`; None
+            for those of `x` and the weights. The score is in the dtype of `x` either way. May be set later.
 
     Raises:
         ValueError: for an unknown kind.
     """
 
-    def __init__(self, network: nn.Module, sde: SDE, kind: Kind = "unconstrained"):
+    def __init__(
+        self,
+        network: nn.Module,
+        sde: SDE,
+        kind: Kind = "unconstrained",
+        *,
+        autocast: torch.dtype | None = None,
+    ):
         super().__init__()
         if kind not in get_args(Kind):
             raise ValueError(f"kind: expected one of {get_args(Kind)}, got {kind!r}")
         self.network = network
         self.sde = sde
         self.kind: Kind = kind
+        self.autocast = autocast
 
     def forward(self, x: V, t: Tensor) -> V:
         sigma = self.sde.marginal(t)[1]
         if self.kind != "conservative":
-            return self.network(x, sigma) / _column(sigma, x)
+            return self.field(x, sigma) / _column(sigma, x)
         if isinstance(x, Dual):
             return self._push_energy(x, sigma)
         return self._energy_score(x, sigma)
 
+    def field(self, x: V, sigma: Tensor) -> V:
+        """The network's output `f(x, sigma)`, `(B, *)`; under `autocast` brought back to the dtype of `x`."""
+        if self.autocast is None:
+            return self.network(x, sigma)
+        with torch.autocast(x.device.type, self.autocast):
+            field = self.network(x, sigma)
+        return field.map(lambda value: value.to(x.dtype)) if isinstance(x, Dual) else field.to(x.dtype)
+
     def _energy_score(self, x: Tensor, sigma: Tensor) -> Tensor:
         return _EnergyScore.apply(  # pyright: ignore[reportReturnType]
-            self.network, x, sigma, *(p for p in self.network.parameters() if p.requires_grad)
+            self, x, sigma, *(p for p in self.parameters() if p.requires_grad)
         )
 
     def _push_energy(self, x: Dual, sigma: Tensor) -> Dual:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, uint8
 
 from qcsbm_fast.data import toy
+from qcsbm_fast.data.errors import DataError
+
+__all__ = ["NAMES", "DataError", "Dataset", "as_float", "load"]
 
 _TOY: dict[str, Callable[[int, Generator], Tensor]] = {
     "checkerboard": toy.checkerboard,
@@ -19,7 +22,10 @@ NAMES = ("digits", *_TOY)
 
 @dataclass(frozen=True)
 class Dataset:
-    """`train (N, *)` and `test (M, *)` samples, float32 on the CPU; `image` tells pictures from points."""
+    """`train (N, *)` and `test (M, *)` samples on the CPU; `image` tells pictures from points.
+
+    Points and digits are float32; the other images are uint8, from 0 to 255, which `as_float` brings to [0, 1].
+    """
 
     train: Tensor
     test: Tensor
@@ -27,7 +33,14 @@ class Dataset:
     image: bool
 
 
-def load(name: str, *, points: int = 50_000, seed: int = 0) -> Dataset:
+def as_float(samples: Tensor) -> Tensor:
+    """`samples` as float32: bytes divided by 255, anything else as it is."""
+    return samples.float().div_(255.0) if samples.dtype == uint8 else samples
+
+
+def load(
+    name: str, *, root: str | None = None, points: int = 50_000, size: int = 32, seed: int = 0
+) -> Dataset:
     """Load the data set `name`, one of `NAMES`.
 
     "digits": images `(N, 1, 8, 8)` in [0, 1] with a fixed held-out split, whatever `points` and `seed`. The

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qcsbm_fast import data
-from qcsbm_fast.nn import ImageMLP, ToyMLP
+from qcsbm_fast.nn import ImageMLP, NCSNpp, NCSNppConfig, ToyMLP
 from qcsbm_fast.objectives import DenoisingObjective
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.score import Score
@@ -19,7 +21,10 @@ from qcsbm_fast.train.errors import ConfigError
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with: `train (N, *)` and `test (M, *)` on `device`, and the untrained score model."""
+    """What a run works with, on `device`: data and the untrained score model.
+
+    `train (N, *)` is float32, or uint8 for images that `data.as_float` makes float32; `test (M, *)` is float32.
+    """
 
     device: torch.device
     train: Tensor
@@ -36,14 +41,32 @@ class Setup:
 def build(config: Config) -> Setup:
     """Load the data and make the score model, its initial weights drawn from `config.seed`.
 
-    Raises ConfigError where the device is not there.
+    Raises ConfigError where the device or the data set is not there, or the network does not fit the images.
     """
     device = find_device(config.device)
-    dataset = data.load(config.data.name, points=config.data.points, seed=config.seed)
+    try:
+        dataset = data.load(
+            config.data.name,
+            root=config.data.root,
+            points=config.data.points,
+            size=config.data.size,
+            seed=config.seed,
+        )
+    except data.DataError as error:
+        raise ConfigError(f"data: {error}") from None
     sde = sde_from_name(config.sde.name, **config.sde.parameters())
     torch.manual_seed(config.seed)
-    score = Score(_network(config, dataset.train.shape[1:]), sde, config.model.kind)
-    return Setup(device, dataset.train.to(device), dataset.test.to(device), dataset.image, score.to(device))
+    autocast = torch.bfloat16 if config.precision == "bfloat16" else None
+    score = Score(_network(config, dataset.train.shape[1:]), sde, config.model.kind, autocast=autocast)
+    test = data.as_float(dataset.test).to(device)
+    return Setup(device, dataset.train.to(device), test, dataset.image, score.to(device))
+
+
+def full_precision(score: Score) -> Score:
+    """The same model, sharing its weights, without autocast: for measurements."""
+    exact = copy.copy(score)
+    exact.autocast = None
+    return exact
 
 
 def objective(config: Config, score: Score, stream: NoiseStream) -> DenoisingObjective:
@@ -77,7 +100,19 @@ def find_device(name: str) -> torch.device:
 
 
 def _network(config: Config, shape: torch.Size) -> nn.Module:
-    conservative = config.model.kind == "conservative"
-    if config.model.network == "image-mlp":
-        return ImageMLP(shape.numel(), config.model.width, config.model.depth, energy=conservative)
-    return ToyMLP(config.model.conservative_activation if conservative else "identity")
+    model = config.model
+    conservative = model.kind == "conservative"
+    if model.network == "image-mlp":
+        return ImageMLP(shape.numel(), model.width, model.depth, energy=conservative)
+    if model.network == "toy-mlp":
+        return ToyMLP(model.conservative_activation if conservative else "identity")
+    channels, height, width = shape
+    if height != width:
+        raise ConfigError(f"model.network: ncsnpp takes square images, got {height} x {width}")
+    fields = {field.name for field in dataclasses.fields(NCSNppConfig)}
+    options = {name: value for name, value in vars(model).items() if name in fields}
+    sigmas = {"sigma_min": config.sde.sigma_min, "sigma_max": config.sde.sigma_max}
+    try:
+        return NCSNpp(NCSNppConfig(image_size=height, num_channels=channels, **options, **sigmas))
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None

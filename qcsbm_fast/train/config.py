@@ -17,14 +17,20 @@ from pydantic.dataclasses import dataclass
 
 from qcsbm_fast.train.errors import ConfigError
 
-PresetName = Literal["digits", "checkerboard", "eight-gaussians", "spirals"]
+DataName = Literal[
+    "digits", "mnist-5k", "fashion-mnist", "emoji", "cifar10", "cifar100", "svhn", "imagenet32", "folder",
+    "checkerboard", "eight-gaussians", "spirals",
+]  # fmt: skip
+PresetName = DataName
 Kind = Literal["unconstrained", "conservative", "quasi-conservative"]
 
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Channels = Annotated[int, Field(ge=4, multiple_of=4, strict=True)]
 CountOrZero = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**40, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -34,10 +40,16 @@ Flag = Annotated[bool, Field(strict=True)]
 class Data:
     """What to learn."""
 
-    name: Literal["digits", "checkerboard", "eight-gaussians", "spirals"] = "digits"
-    """Data set: scikit-learn's 8x8 handwritten digits, or one of the paper's 2-D densities."""
+    name: DataName = "digits"
+    """Data set: images, a folder of pictures, or one of the paper's 2-D densities."""
+    root: str | None = None
+    """Folder that holds the files of a data set that does not come with a package; for emoji, the font's file."""
     points: Count = 50_000
     """Points drawn from a 2-D density; an image data set has its own number."""
+    size: Count = 32
+    """folder: side of the square images that the pictures are cut and scaled to."""
+    flip: Flag = False
+    """Mirror each training image left to right with probability 1/2."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", title="sde"))
@@ -78,8 +90,49 @@ class Model:
 
     kind: Annotated[Kind, tyro.conf.arg(aliases=["--kind"])] = "quasi-conservative"
     """A free vector field, the gradient of a learnt energy, or a free field trained with the penalty."""
-    network: Literal["toy-mlp", "image-mlp"] = "image-mlp"
-    """toy-mlp: the paper's 2-D network; image-mlp: a residual MLP for small images."""
+    network: Literal["ncsnpp", "image-mlp", "toy-mlp"] = "ncsnpp"
+    """ncsnpp: the image network of the paper; image-mlp: a residual MLP for small images; toy-mlp: the paper's
+    2-D network."""
+    nf: Channels = 128
+    """ncsnpp: channels at the first resolution."""
+    ch_mult: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 2, 2)
+    """ncsnpp: multiple of nf at each resolution; each is half the one before."""
+    num_res_blocks: Count = 8
+    """ncsnpp: residual blocks per resolution."""
+    attn_resolutions: tuple[Count, ...] = (16,)
+    """ncsnpp: image sizes at which attention follows the blocks."""
+    resblock_type: Literal["biggan", "ddpm"] = "biggan"
+    """ncsnpp: blocks that resample themselves, or blocks with resampling layers between them."""
+    resamp_with_conv: Flag = True
+    """ncsnpp, ddpm blocks: whether the resampling layers have a convolution."""
+    fir: Flag = True
+    """ncsnpp: resampling by the filter fir_kernel, or by repetition and means."""
+    fir_kernel: Annotated[tuple[Number, ...], Field(min_length=2)] = (1.0, 3.0, 3.0, 1.0)
+    """ncsnpp: the filter."""
+    skip_rescale: Flag = True
+    """ncsnpp: whether residual sums are divided by the root of 2."""
+    progressive: Literal["none", "output_skip", "residual"] = "none"
+    """ncsnpp: output from the last resolution, as a sum of images or of features from all."""
+    progressive_input: Literal["none", "input_skip", "residual"] = "residual"
+    """ncsnpp: input to the first resolution only, or the shrunken image or learnt features to all."""
+    progressive_combine: Literal["sum", "cat"] = "sum"
+    """ncsnpp: how input_skip joins them."""
+    embedding_type: Literal["fourier", "positional"] = "fourier"
+    """ncsnpp: embedding of the noise level."""
+    fourier_scale: Positive = 16.0
+    """ncsnpp: standard deviation of the Fourier frequencies of log sigma."""
+    num_scales: Annotated[int, Field(ge=2, strict=True)] = 1000
+    """ncsnpp: steps from sigma_max to sigma_min that the positional embedding tells apart."""
+    conditional: Flag = True
+    """ncsnpp: whether the blocks see the noise level."""
+    scale_by_sigma: Flag = True
+    """ncsnpp: whether the score is the last convolution divided by sigma, or the convolution itself."""
+    centered: Flag = False
+    """ncsnpp: leave the images as they are in place of mapping [0, 1] to [-1, 1]."""
+    dropout: BelowOne = 0.1
+    """ncsnpp: probability that training zeroes a feature of a block."""
+    init_scale: NonNegative = 0.0
+    """ncsnpp: scale of the layers that start near zero."""
     width: Count = 512
     """image-mlp: features per layer."""
     depth: Count = 4
@@ -206,6 +259,9 @@ class Config:
     """Seed of weights, data order, noise and probes."""
     device: str = "auto"
     """auto: a GPU where there is one, otherwise the CPU; or a torch device such as cpu or cuda:1."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's layers in training and sampling; weights, averages, optimiser and held-out
+    measurements are float32."""
     log_every: Count = 50
     """Steps that one line of stats.jsonl averages over."""
     data: Data = dataclasses.field(default_factory=Data)
@@ -220,14 +276,19 @@ class Config:
 
     @model_validator(mode="after")
     def _check_network(self) -> Config:
-        if self.model.network == "toy-mlp" and self.data.name == "digits":
-            raise ValueError("model.network: toy-mlp is for points of the plane; use image-mlp for digits")
+        plane = self.data.name in ("checkerboard", "eight-gaussians", "spirals")
+        if self.model.network == "toy-mlp" and not plane:
+            raise ValueError(
+                f"model.network: toy-mlp is for points of the plane; use ncsnpp for {self.data.name}"
+            )
+        if self.model.network == "ncsnpp" and plane:
+            raise ValueError(f"model.network: ncsnpp is for images; use toy-mlp for {self.data.name}")
         return self
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """Plain nested dicts of strings, numbers and booleans."""
-    return dataclasses.asdict(config)
+    """Plain nested dicts of strings, numbers, booleans and lists of numbers."""
+    return dataclasses.asdict(config, dict_factory=_plain)
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Config) -> Config:
@@ -243,6 +304,10 @@ def from_mapping(mapping: Mapping[str, Any], base: Config) -> Config:
         return TypeAdapter(Config).validate_python(merged)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}
 
 
 def describe(error: ValidationError) -> str:

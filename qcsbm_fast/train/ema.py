@@ -12,7 +12,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class EMA(Generic[M]):
-    """A copy of `source`, in `module`, whose parameters follow the source's.
+    """A copy of `source` for evaluation, in `module`, whose parameters follow the source's.
 
     After update n = 1, 2, ... the average is `average + (1 - d_n) (weights - average)` with
     `d_n = min(decay, (1 + n) / (10 + n))`: the ramp of the authors' code, which forgets the initial weights
@@ -22,7 +22,7 @@ class EMA(Generic[M]):
     def __init__(self, source: M, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
-        self.module: M = copy.deepcopy(source).requires_grad_(False)
+        self.module: M = copy.deepcopy(source).requires_grad_(False).eval()
         self.decay = decay
         self.updates = 0
         self._source: list[Tensor] = list(source.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from qcsbm_fast.train.config import (
@@ -17,15 +18,18 @@ from qcsbm_fast.train.config import (
     Sampling,
 )
 
+_QUARTER = Penalty(balancing_factor=1e-4, probes=1, fraction=0.25, time_density="inverse-sigma")
+
 _DIGITS = Config(
     preset="digits",
+    precision="bfloat16",
     data=Data(name="digits"),
     sde=Noise(name="ve", sigma_min=0.02, sigma_max=5.0),
-    model=Model(network="image-mlp", width=256, depth=3),
+    model=Model(network="ncsnpp", nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0),
     objective=Objective(half=True, t_min=1e-5),
-    penalty=Penalty(balancing_factor=1e-2, probes=1, fraction=0.25, time_density="inverse-sigma"),
-    optim=Optim(steps=2500, batch_size=256, lr=2e-3, warmup=200, ema=0.999),
-    evaluation=Evaluation(every=500, points=360, levels=10, probes=4),
+    penalty=dataclasses.replace(_QUARTER, balancing_factor=1e-2),
+    optim=Optim(steps=1000, batch_size=128, lr=1e-3, warmup=100, ema=0.995),
+    evaluation=Evaluation(every=500, points=360, levels=10, probes=1),
     sampling=Sampling(sampler="pc", count=100, steps=200, snr=0.16),
     checkpoint=Checkpoint(every=1000, keep=3),
 )

@@ -53,7 +53,14 @@ class _Run:
         self.setup = build.build(config)
         stream = NoiseStream(config.seed, device=self.setup.device)
         objective = build.objective(config, self.setup.score, stream)
-        self.trainer = Trainer(objective, self.setup.train, config.optim, stream=stream, seed=config.seed)
+        self.trainer = Trainer(
+            objective,
+            self.setup.train,
+            config.optim,
+            stream=stream,
+            seed=config.seed,
+            flip=config.data.flip,
+        )
         self.seconds = 0.0
         if checkpoint.steps(folder.checkpoints):
             state = checkpoint.load(checkpoint.find(folder.checkpoints))
@@ -125,7 +132,7 @@ class _Run:
         settings = self.config.evaluation
         with self._outside_interval():
             values = evaluate(
-                self.trainer.ema.module,
+                build.full_precision(self.trainer.ema.module),
                 self.setup.test[: settings.points],
                 NoiseStream(self.config.seed + _EVALUATION_SEED, device=self.setup.device),
                 levels=settings.levels,

@@ -32,7 +32,7 @@ def sample(
     path = checkpoint.find(folder.checkpoints, step)
     state = checkpoint.load(path)["trainer"]
     setup = build.build(replace(folder.read_config(), device=device))
-    setup.score.load_state_dict(state["ema"]["module"])
+    setup.score.eval().load_state_dict(state["ema"]["module"])
     stream = NoiseStream(seed, device=setup.device)
     samples = draw(setup.score, setup.shape, sampling, stream, progress=sys.stderr.isatty())
     picture = out or folder.path / f"drawn-{state['steps_done']}-{sampling.sampler}.png"

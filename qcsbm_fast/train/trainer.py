@@ -20,10 +20,10 @@ class Trainer:
     """Adam on a denoising objective over data held in memory.
 
     `objective(x0 (B, *))` gives a loss and its statistics and holds the score model as `objective.score`;
-    `data (N, *)` lies on the device of the model; `stream` is the objective's source of noise, and is saved
-    with the rest. `steps_done` counts steps, `images` the samples seen; `ema` averages the weights. Two
-    trainers made alike take bitwise the same steps on one machine, and so does one that is restored from
-    `state_dict`.
+    `data (N, *)` lies on the device of the model, and with `flip` its images are mirrored at random; `stream`
+    is the objective's source of noise, and is saved with the rest. `steps_done` counts steps, `images` the
+    samples seen; `ema` averages the weights. Two trainers made alike take bitwise the same steps on one
+    machine, and so does one that is restored from `state_dict`.
 
     A step whose loss or gradient is not finite leaves the weights as they are. It raises NonFiniteError on
     the CPU at once, on a GPU at the next `read_statistics` or `check_finite`: asking in every step would make
@@ -31,7 +31,14 @@ class Trainer:
     """
 
     def __init__(
-        self, objective: DenoisingObjective, data: Tensor, optim: Optim, *, stream: NoiseStream, seed: int
+        self,
+        objective: DenoisingObjective,
+        data: Tensor,
+        optim: Optim,
+        *,
+        stream: NoiseStream,
+        seed: int,
+        flip: bool = False,
     ) -> None:
         self.objective = objective
         self.optim = optim
@@ -39,7 +46,7 @@ class Trainer:
         self.images = 0
         self.ema = EMA(objective.score, optim.ema)
         self._stream = stream
-        self._batches = Batches(data, optim.batch_size, seed)
+        self._batches = Batches(data, optim.batch_size, seed, flip=flip)
         self._device = data.device
         self._parameters = dict(objective.score.named_parameters())
         betas = (optim.beta1, optim.beta2)
