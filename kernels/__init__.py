@@ -1,1 +1,1 @@
-"""Triton kernels with their launchers (none yet: every op runs its plain-torch reference on a GPU)."""
+"""Triton kernels with their launchers: noise and the ops that draw it. Importing one imports triton."""

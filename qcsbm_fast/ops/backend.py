@@ -6,6 +6,7 @@ kernel where there is one and the reference elsewhere.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def _load() -> tuple[str | None, str | None]:
 
 
 WANTED, WHY_NOT_NATIVE = _load()
+HAS_TRITON = WANTED != "reference" and importlib.util.find_spec("triton") is not None
 
 
 def has_kernel(name: str, device: str) -> bool:

@@ -2,8 +2,8 @@
 
 Denoising score matching (Vincent 2011; Song et al. 2021, eq. 7) at `x_t = m x_0 + std z`, with `z` given or
 drawn again from the state that `perturb` took. The residual is taken in float32 (float64 for float64) and
-its square summed in float64 over fixed pieces: deterministic, whatever the number of threads; error below 2e-7
-of the largest value (in float64 1e-7 where `z` is drawn), in bfloat16 its rounding.
+its square summed in float64 over fixed pieces (on a GPU in float32 within a piece): deterministic, whatever the
+number of threads; error below 2e-7 of the largest value (in float64 1e-7 where `z` is drawn), in bfloat16 its rounding.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def _backward(ctx: Any, loss: Tensor | None, gradient: Tensor | None) -> tuple[T
 
 
 _op.set_backward(_backward, _save)
+_op.set_triton("denoising_residual")
 
 
 def denoising_residual(

@@ -6,9 +6,9 @@
 direction to step in: the step is then zero (the formula's limit is infinite) and `x' = mean = x`. A NaN in
 the score makes the whole batch NaN; an infinity makes its own element NaN and the step zero elsewhere.
 
-Norms are summed in float64 over fixed pieces, so that the result does not depend on the number of threads;
-the rest is computed in float32 (float64 for float64), with the float32-valued `z` of `philox_normal`, drawn
-twice and never stored. Error below 2e-7 of the largest value (in float64 too), in bfloat16 its rounding.
+Norms are summed in float64 over fixed pieces (on a GPU in float32 within a piece), so that the result does not
+depend on the number of threads; the rest is computed in float32 (float64 for float64), with the float32-valued
+`z` of `philox_normal`, drawn twice and never stored. Error below 2e-7 of the largest value (in float64 too), in bfloat16 its rounding.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _op = Op(
     "langevin_step(Tensor x, Tensor score, float snr, Tensor alpha, Tensor state) -> (Tensor, Tensor)",
     _reference,
 )
+_op.set_triton("langevin_step")
 
 
 def langevin_step(

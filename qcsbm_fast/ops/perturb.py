@@ -25,6 +25,7 @@ _op = Op(
     "perturb(Tensor x0, Tensor mean, Tensor std, Tensor state, bool store_noise) -> (Tensor, Tensor)",
     _reference,
 )
+_op.set_triton("perturb")
 
 
 def perturb(

@@ -72,6 +72,8 @@ _SIGNATURE = "(Tensor state, SymInt[] size, ScalarType dtype) -> Tensor"
 _normal_op = Op(f"philox_normal{_SIGNATURE}", normal)
 _uniform_op = Op(f"philox_uniform{_SIGNATURE}", _uniform)
 _rademacher_op = Op(f"rademacher{_SIGNATURE}", _rademacher)
+for _op in (_normal_op, _uniform_op, _rademacher_op):
+    _op.set_triton("philox")
 
 
 def _call(op: Op, state: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:

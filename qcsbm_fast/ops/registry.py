@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Op:
     def __init__(self, schema: str, reference: Callable[..., Any]):
         self.name = schema.partition("(")[0]
         self.reference = reference
+        self.triton: str | None = None
         LIBRARY.define(schema)
         LIBRARY.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qcsbm::{self.name}", reference, lib=LIBRARY)
@@ -48,6 +50,18 @@ class Op:
     def set_backward(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """Gives the derivative; without one, asking for it raises instead of dropping a term."""
         self._backward, self._setup_context = backward, setup_context
+
+    def set_triton(self, module: str) -> None:
+        """Runs the launcher of the op's name in `qcsbm_fast.kernels.<module>` on CUDA tensors, where triton is
+        installed; it is imported at the first call."""
+        self.triton = module
+        if backend.HAS_TRITON:
+            LIBRARY.impl(self.name, self._launch, "CUDA")
+
+    def _launch(self, *args: Any) -> Any:
+        launcher = getattr(import_module(f"..kernels.{self.triton}", __package__), self.name)
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return launcher(*args)
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if self._setup_context is not None:

@@ -27,6 +27,7 @@ _op = Op(
     "sde_step(Tensor x, Tensor score, Tensor a, Tensor b, Tensor c, Tensor state) -> (Tensor, Tensor)",
     _reference,
 )
+_op.set_triton("sde_step")
 
 
 def sde_step(
