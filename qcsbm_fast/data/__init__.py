@@ -17,7 +17,9 @@ _TOY: dict[str, Callable[[int, Generator], Tensor]] = {
     "eight-gaussians": toy.eight_gaussians,
     "spirals": toy.spirals,
 }
-NAMES = ("digits", *_TOY)
+NAMES = (
+    "digits", "mnist-5k", "fashion-mnist", "emoji", "cifar10", "cifar100", "svhn", "imagenet32", "folder", *_TOY
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,50 @@ def load(
 ) -> Dataset:
     """Load the data set `name`, one of `NAMES`.
 
-    "digits": images `(N, 1, 8, 8)` in [0, 1] with a fixed held-out split, whatever `points` and `seed`. The
-    2-D sets: `points` training points `(points, 2)` drawn from `seed`, and as many fresh ones for the test.
+    Images have a fixed held-out split, whatever `points` and `seed`; `root` is where their files are, and `size`
+    the side of those of "folder". The 2-D sets: `points` training points `(points, 2)` drawn from `seed`, and as
+    many fresh ones for the test.
 
-    Raises ValueError for an unknown name or, for a 2-D set, fewer than one point.
+    Raises ValueError for an unknown name or, for a 2-D set, fewer than one point; DataError, which is one, where
+    files or a package are missing or files are damaged, saying what to do.
     """
-    if name == "digits":
-        from qcsbm_fast.data.digits import digits
-
-        train, test = digits()
-        return Dataset(train, test, name, image=True)
-    if name not in _TOY:
+    if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    if name not in _TOY:
+        return Dataset(*_images(name, root, size), name, image=True)
     if points < 1:
         raise ValueError(f"points: expected at least 1, got {points}")
     # one generator for both draws: two seeds would give the test set of one run as another's training set
     generator = Generator().manual_seed(seed)
     return Dataset(_TOY[name](points, generator), _TOY[name](points, generator), name, image=False)
+
+
+def _images(name: str, root: str | None, size: int) -> tuple[Tensor, Tensor]:
+    """Train and test images; each data set's module is imported only if it is asked for."""
+    if name == "digits":
+        from qcsbm_fast.data.digits import digits
+
+        return digits()
+    if name == "mnist-5k":
+        from qcsbm_fast.data.mnist import mnist_5k
+
+        return mnist_5k()
+    if name == "fashion-mnist":
+        from qcsbm_fast.data.idx import fashion_mnist
+
+        return fashion_mnist(root)
+    if name == "emoji":
+        from qcsbm_fast.data.emoji import emoji
+
+        return emoji(root)
+    if name == "imagenet32":
+        from qcsbm_fast.data.imagenet32 import imagenet32
+
+        return imagenet32(root)
+    if name == "folder":
+        from qcsbm_fast.data.folder import folder
+
+        return folder(root, size)
+    from qcsbm_fast.data.vision import vision
+
+    return vision(name, root)

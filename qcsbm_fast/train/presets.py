@@ -1,4 +1,4 @@
-"""Named settings to start from: one for images, three for the 2-D experiments of the paper."""
+"""Named settings to start from: small image models, those of the paper, its 2-D experiments."""
 
 from __future__ import annotations
 
@@ -35,6 +35,46 @@ _DIGITS = Config(
 )
 
 
+_FASHION = Config(
+    preset="fashion-mnist",
+    precision="bfloat16",
+    data=Data(name="fashion-mnist"),
+    sde=Noise(name="ve", sigma_min=0.01, sigma_max=20.0),
+    model=Model(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0),
+    penalty=dataclasses.replace(_QUARTER, balancing_factor=1e-3),
+    optim=Optim(steps=20_000, batch_size=64, lr=1e-3, warmup=200, ema=0.999),
+    evaluation=Evaluation(every=2000, points=500, levels=10),
+    sampling=Sampling(count=64, steps=500),
+    checkpoint=Checkpoint(every=500, keep=2),
+)
+_MNIST = dataclasses.replace(_FASHION, preset="mnist-5k", data=Data(name="mnist-5k"))
+_SMALL_RGB = dataclasses.replace(
+    _FASHION,
+    model=dataclasses.replace(_FASHION.model, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,)),
+    sde=Noise(name="ve", sigma_min=0.01, sigma_max=50.0),
+)
+_EMOJI = dataclasses.replace(_SMALL_RGB, preset="emoji", data=Data(name="emoji"))
+_FOLDER = dataclasses.replace(_SMALL_RGB, preset="folder", data=Data(name="folder", flip=True))
+
+
+def _paper(name: Literal["cifar10", "cifar100", "svhn", "imagenet32"]) -> Config:
+    """Section 5 of Chao et al. 2023, but for the penalty's samples (a quarter of the batch, mostly at low noise)
+    and for training with the penalty from the start and not from step 600,000 on."""
+    return Config(
+        preset=name,
+        precision="bfloat16",
+        data=Data(name=name, flip=True),
+        sde=Noise(name="ve", sigma_min=0.01, sigma_max=50.0),
+        model=Model(),
+        objective=Objective(half=True, t_min=1e-5),
+        penalty=_QUARTER,
+        optim=Optim(steps=750_000, batch_size=128, lr=2e-4, warmup=5000, clip=1.0, ema=0.999),
+        evaluation=Evaluation(every=10_000, points=1000, levels=10),
+        sampling=Sampling(count=64, steps=1000, snr=0.16),
+        checkpoint=Checkpoint(every=5000, keep=3),
+    )
+
+
 def _two_dimensional(
     name: Literal["checkerboard", "eight-gaussians", "spirals"],
     steps: int,
@@ -57,6 +97,14 @@ def _two_dimensional(
 
 PRESETS: dict[str, Config] = {
     "digits": _DIGITS,
+    "mnist-5k": _MNIST,
+    "fashion-mnist": _FASHION,
+    "emoji": _EMOJI,
+    "cifar10": _paper("cifar10"),
+    "cifar100": _paper("cifar100"),
+    "svhn": _paper("svhn"),
+    "imagenet32": _paper("imagenet32"),
+    "folder": _FOLDER,
     "checkerboard": _two_dimensional("checkerboard", 4000, "elu"),
     "eight-gaussians": _two_dimensional("eight-gaussians", 2000, "leaky_relu"),
     "spirals": _two_dimensional("spirals", 2000, "elu"),
