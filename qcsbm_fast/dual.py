@@ -147,11 +147,14 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
         return torch.cat([v for v in values if isinstance(v, Tensor)], dim)
     if dim % duals[0].primal.dim() == 0:
         raise ValueError("cat: dim expected a dimension other than the batch (0) for duals")
-    probes = duals[0].tangents.shape[0]
-    tangents = [v.tangents if isinstance(v, Dual) else v.new_zeros((probes, *v.shape)) for v in values]
-    at = dim + 1 if dim > 0 else dim
+    probes, batch = duals[0].tangents.shape[:2]
+    rows = [
+        v.tangents.flatten(0, 1) if isinstance(v, Dual) else v.new_zeros((probes * batch, *v.shape[1:]))
+        for v in values
+    ]  # one batch, so that images keep their channels next to each other in memory
     return Dual(
-        torch.cat([v.primal if isinstance(v, Dual) else v for v in values], dim), torch.cat(tangents, at)
+        torch.cat([v.primal if isinstance(v, Dual) else v for v in values], dim),
+        torch.cat(rows, dim).unflatten(0, (probes, batch)),
     )
 
 
