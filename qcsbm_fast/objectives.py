@@ -78,6 +78,8 @@ class DenoisingObjective(nn.Module):
         fraction: share of the batch that the penalty sees, in (0, 1].
         time_density: "uniform", or "inverse-sigma": 0.15 uniform + 0.85 proportional to `1 / sigma(t)`.
         half: whether the denoising loss carries the factor 1/2.
+        likelihood_weighting: weighs the denoising loss by `g(t)^2 / sigma^2` (Song et al. 2021, 2101.09258), so that it
+            bounds the negative log-likelihood.
         t_min: smallest time.
 
     Raises:
@@ -97,6 +99,7 @@ class DenoisingObjective(nn.Module):
         fraction: float = 1.0,
         time_density: TimeDensity = "uniform",
         half: bool = True,
+        likelihood_weighting: bool = False,
         t_min: float = 1e-5,
     ):
         super().__init__()
@@ -120,6 +123,7 @@ class DenoisingObjective(nn.Module):
         self.fraction = fraction
         self.time_density = time_density
         self.coefficient = 0.5 if half else 1.0
+        self.likelihood_weighting = likelihood_weighting
         self.t_min = t_min
 
     def forward(self, x0: Tensor) -> Objective:
@@ -130,7 +134,7 @@ class DenoisingObjective(nn.Module):
         mean, sigma = self.score.sde.marginal(t)
         x, z = ops.perturb(x0, mean, sigma, self.stream.draw())
         if self.balancing_factor == 0:
-            dsm = self._denoising(self.score(x, t), z, sigma)
+            dsm = self._denoising(self.score(x, t), z, sigma, t)
             return Objective(dsm, {"loss": dsm.detach(), "dsm": dsm.detach()})
 
         count = max(1, round(self.fraction * batch))
@@ -147,7 +151,7 @@ class DenoisingObjective(nn.Module):
         score = penalised.score
         if count < batch:
             score = torch.cat([score, self.score(x[count:], t[count:])])
-        dsm = self._denoising(score, z, sigma)
+        dsm = self._denoising(score, z, sigma, t)
         weight = weight[:count]
         scale = weight * sigma[:count] ** 2
         surrogate = (scale * penalised.surrogate).sum()
@@ -165,8 +169,10 @@ class DenoisingObjective(nn.Module):
             },
         )
 
-    def _denoising(self, score: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+    def _denoising(self, score: Tensor, z: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
         weight = torch.full_like(sigma, self.coefficient / sigma.shape[0])
+        if self.likelihood_weighting:
+            weight = weight * (self.score.sde.diffusion(t) / sigma).square()
         return ops.denoising_residual(score, sigma, weight, z=z).sum()
 
     def _asymmetry(self, x: Tensor, t: Tensor) -> Asymmetry:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .dual import Dual, V
 from .foreign import rewinder
+from .linearize import push
 from .sde import SDE
 
 Kind = Literal["unconstrained", "conservative", "quasi-conservative"]
@@ -44,10 +45,9 @@ class _EnergyScore(torch.autograd.Function):
         parameters = [p for p in ctx.score.parameters() if p.requires_grad]
         ctx.rewind()
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            field = ctx.score.field(Dual(leaf, g[None]), sigma)
-            slope = -(field.tangents[0] * field.primal / _column(sigma, x)).sum()
-            gx, *rest = torch.autograd.grad(slope, (leaf, *parameters), allow_unused=True)
+            field = push(lambda y: ctx.score.field(y, sigma), x, g.contiguous()[None])
+            slope = -(field.jv[0] * field.value / _column(sigma, x)).sum()
+            gx, *rest = torch.autograd.grad(slope, (field.x, *parameters), allow_unused=True)
         return None, gx, None, *rest
 
 
@@ -59,7 +59,7 @@ class Score(nn.Module):
     Takes a `Dual` in place of `x`. First-order differentiable in `x` and in the parameters.
 
     Args:
-        network: `f(x, sigma)`, `(B, *), (B,) -> (B, *)`, for tensors and duals.
+        network: `f(x, sigma)`, `(B, *), (B,) -> (B, *)`; one that takes no duals goes the slower way of `foreign`.
         sde: the forward process.
         kind: one of the three above.
         autocast: dtype of the network's activations and tangents, such as `torch.bfloat16`, by `torch.autocast`; None

@@ -18,7 +18,7 @@ LAYERS = [
     {"dual", "foreign", "linearize", "random", "sde", "nn"},
     {"penalty", "divergence", "score", "objectives", "sampling", "likelihood", "metrics", "data", "info"},
     {"train"},
-    {"studies"},
+    {"studies", "compat"},
     {"commands"},
     {"cli", "__main__"},
 ]

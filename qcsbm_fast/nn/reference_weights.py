@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -154,6 +157,36 @@ def from_reference_state_dict(net: NCSNpp, state: Mapping[str, Tensor]) -> NCSNp
     return net
 
 
+def read_reference_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
+    """The dictionary in one of the authors' checkpoint files; no code in the file is run.
+
+    Their learning rates are numbers of numpy, which are let through beside tensors and containers.
+
+    Raises:
+        ValueError: if the file holds anything else, or no state dict called "model".
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed: list[Any] = [
+        *numbers,
+        np.dtype,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.int64)),
+        codecs.encode,
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("Check the documentation")[0].strip()
+        raise ValueError(
+            f"{path}: refused, it holds more than tensors and numbers: {reason[-200:]}"
+        ) from None
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise ValueError(f"{path}: expected a dictionary with the key 'model'")
+    return checkpoint
+
+
 def load_reference_checkpoint(net: NCSNpp, path: str | Path, *, ema: bool = True) -> NCSNpp:
     """Reads one of the authors' checkpoint files into `net` and returns it; no code in the file is run.
 
@@ -168,9 +201,7 @@ def load_reference_checkpoint(net: NCSNpp, path: str | Path, *, ema: bool = True
     Raises:
         ValueError: if the file is not such a dictionary, or does not fit the network.
     """
-    checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, Mapping) or "model" not in checkpoint:
-        raise ValueError(f"{path}: expected a dictionary with the key 'model'")
+    checkpoint = read_reference_checkpoint(path)
     state = dict(checkpoint["model"])
     if ema:
         shadow = (checkpoint.get("ema") or {}).get("shadow_params")

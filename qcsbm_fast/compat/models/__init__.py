@@ -1,0 +1,1 @@
+"""`models.utils` and `models.ema`."""
