@@ -58,7 +58,7 @@ def _base_settings(arguments: Sequence[str]) -> Config:
 def run(command: Command) -> None:
     from qcsbm_fast.train import build, checkpoint, run
 
-    build.find_device(command.settings.device)  # before anything is written
+    setup = build.build(command.settings)  # what is wrong with data or device, before anything is written
     if command.resume is None:
         folder = create(command.settings, command.out)
     else:
@@ -67,7 +67,7 @@ def run(command: Command) -> None:
         folder.write_config(command.settings)
     print(f"Run folder: {folder.path}")
     try:
-        run.train(command.settings, folder)
+        run.train(command.settings, folder, setup)
     except NonFiniteError as error:
         have = checkpoint.steps(folder.checkpoints)
         kept = "The last good checkpoint is kept" if have else "No checkpoint yet"

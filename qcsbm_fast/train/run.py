@@ -25,15 +25,16 @@ _EVALUATION_SEED = 1 << 40
 _SAMPLING_SEED = 2 << 40
 
 
-def train(config: Config, folder: RunFolder) -> bool:
+def train(config: Config, folder: RunFolder, setup: build.Setup | None = None) -> bool:
     """Train until `config.optim.steps`, from the folder's newest checkpoint where it has one.
 
+    `setup` is what `build.build(config)` gave, where that was called before to see that the data are there.
     Returns True when training reached its end, with the pictures drawn and the report printed, and False
     when Ctrl-C or SIGTERM ended it early, which leaves a checkpoint to resume from. Raises NonFiniteError,
     with the earlier checkpoints as they were, when the loss or a gradient is no longer finite, and
     CheckpointError for a checkpoint that cannot be read.
     """
-    run = _Run(config, folder)
+    run = _Run(config, folder, setup or build.build(config))
     with closing(run.statistics):
         received = run.loop()
         if received:
@@ -47,10 +48,10 @@ def train(config: Config, folder: RunFolder) -> bool:
 class _Run:
     """What the loop carries from step to step."""
 
-    def __init__(self, config: Config, folder: RunFolder) -> None:
+    def __init__(self, config: Config, folder: RunFolder, setup: build.Setup) -> None:
         self.config = config
         self.folder = folder
-        self.setup = build.build(config)
+        self.setup = setup
         stream = NoiseStream(config.seed, device=self.setup.device)
         objective = build.objective(config, self.setup.score, stream)
         self.trainer = Trainer(
