@@ -231,6 +231,7 @@ def test_a_process_is_read_off_any_object() -> None:
     t = torch.linspace(0.05, 1, 20, dtype=torch.float64)
     for name in ("marginal", "drift", "diffusion", "reverse"):
         torch.testing.assert_close(getattr(foreign, name)(t), getattr(ours, name)(t), rtol=1e-9, atol=0)
+    torch.testing.assert_close(foreign.time_of_ratio(ours.marginal(t)[1]), t, rtol=1e-12, atol=1e-12)
     middle = (torch.arange(50, dtype=torch.float64) + 0.3) / 49
     for a, b in zip(foreign.discretize(middle[:49], 50), ours.discretize(middle[:49], 50), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=0)

@@ -148,6 +148,18 @@ class _Foreign(processes.SDE):
         mean, std = self._sde.marginal_prob(self._ones(t), t)
         return mean.flatten(), std
 
+    def log_mean(self, t: Tensor) -> Tensor:
+        return self.marginal(t)[0].log()
+
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        low, high = torch.zeros_like(ratio), torch.ones_like(ratio)
+        for _ in range(60):  # bisection: the ratio rises with time
+            middle = (low + high) / 2
+            mean, std = self.marginal(middle)
+            below = std / mean < ratio
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
     def drift(self, t: Tensor) -> Tensor:
         return self._sde.sde(self._ones(t), t)[0].flatten()
 
