@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from qcsbm_fast.nn import NCSNppConfig
 from qcsbm_fast.train import config_file
-from qcsbm_fast.train.config import Config, Noise, Optim, Penalty, describe
+from qcsbm_fast.train.config import Config, Model, Noise, Optim, Penalty, describe
 from qcsbm_fast.train.errors import ConfigError
 from qcsbm_fast.train.presets import PRESETS
 
@@ -64,11 +65,17 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("optim: {accumulate: 3, batch_size: 10}", "accumulate = 3 must divide batch_size = 10"),
         ("sde: {sigma_min: 60}", "sigma_min must be below sigma_max"),
         ("model: {kind: energy}", "model.kind should be 'unconstrained', 'conservative' or"),
+        ("model: {nf: 18}", "model.nf should be a multiple of 4, got 18"),
+        ("model: {ch_mult: []}", "model.ch_mult should have at least 1 item"),
+        ("model: {ch_mult: [1, 0]}", "model.ch_mult.1 should be greater than or equal to 1, got 0"),
+        ("model: {progressive: sum}", "model.progressive should be 'none', 'output_skip' or 'residual'"),
+        ("precision: float16", "precision should be 'float32' or 'bfloat16'"),
+        ("preset: spirals\nmodel: {network: ncsnpp}", "ncsnpp is for images; use toy-mlp for spirals"),
         ("model: {network: toy-mlp}", "settings.yaml: model.network: toy-mlp is for points of the plane"),
         ("penalty: 3", "penalty should be a section of settings, got 3"),
         ("seed:", "seed should be a valid integer, got None"),
         ("sed: 1", "sed: no such setting"),
-        ("preset: mnist", "preset: expected one of digits, checkerboard"),
+        ("preset: mnist", "preset: expected one of digits, mnist-5k"),
         ("- 1", "expected settings such as `seed: 1`, got list"),
         ("seed: [", "not YAML"),
         ("seed: !!python/object/apply:os.getpid []", "not YAML: could not determine a constructor"),
@@ -118,6 +125,32 @@ def test_two_dimensional_presets_have_the_papers_settings(name: str, steps: int,
     assert (penalty.time_density, config.objective.half, config.objective.t_min) == ("uniform", False, 0.0)
     assert (config.data.points, config.seed) == (50_000, 0)
     assert (config.model.network, config.model.conservative_activation) == ("toy-mlp", activation)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "imagenet32"])
+def test_image_presets_have_the_papers_settings(name: str) -> None:
+    config = PRESETS[name]
+    optim, model, penalty = config.optim, config.model, config.penalty
+    assert (config.sde.name, config.sde.sigma_min, config.sde.sigma_max) == ("ve", 0.01, 50.0)
+    assert (optim.lr, optim.beta1, optim.beta2, optim.warmup, optim.clip) == (2e-4, 0.9, 0.999, 5000, 1.0)
+    assert (optim.ema, optim.batch_size, optim.steps) == (0.999, 128, 750_000)
+    assert (penalty.balancing_factor, penalty.probes, penalty.distribution) == (1e-4, 1, "rademacher")
+    assert (config.objective.half, config.objective.t_min, config.data.flip) == (True, 1e-5, True)
+    assert (config.sampling.steps, config.sampling.snr, config.sampling.corrector) == (1000, 0.16, "langevin")
+    assert (model.network, model.init_scale, model.dropout) == ("ncsnpp", 0.0, 0.1)
+    ours = NCSNppConfig(**{f.name: getattr(model, f.name) for f in shared_fields()})
+    assert ours == NCSNppConfig()  # whose defaults are those of the paper
+
+
+def shared_fields() -> list[dataclasses.Field]:
+    """The network's options, but for those that data and noise give."""
+    given = ("image_size", "num_channels", "sigma_min", "sigma_max")
+    return [field for field in dataclasses.fields(NCSNppConfig) if field.name not in given]
+
+
+def test_every_option_of_the_network_is_a_setting() -> None:
+    settings = {field.name for field in dataclasses.fields(Model)}
+    assert {field.name for field in shared_fields()} <= settings
 
 
 def test_a_process_gets_its_own_parameters() -> None:

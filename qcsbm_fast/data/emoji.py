@@ -62,7 +62,7 @@ def families(bases: list[str], images: Tensor) -> Tensor:
 
 
 def _split(images: Tensor, family: Tensor) -> tuple[Tensor, Tensor]:
-    """Families in random, fixed order are held out until they make a tenth; the largest ones are for training."""
+    """Families in random, fixed order are held out until they make a tenth; those above 1% of all are for training."""
     generator = torch.Generator().manual_seed(0)
     members, sizes = family.unique(return_counts=True)
     small = members[sizes <= len(images) // 100]

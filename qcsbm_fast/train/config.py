@@ -326,7 +326,7 @@ def _describe_one(section: str, problem: Any) -> str:
     message = problem["msg"]
     if problem["type"] == "value_error":
         return f"{name}: {message.removeprefix('Value error, ')}".removeprefix(": ")
-    return f"{name} {message.replace('Input should', 'should')}, got {problem['input']!r}"
+    return f"{name} {message.removeprefix('Input ').removeprefix('Tuple ')}, got {problem['input']!r}"
 
 
 def _section_type(path: tuple[Any, ...]) -> type:
