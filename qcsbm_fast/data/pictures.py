@@ -22,7 +22,9 @@ def square(picture: Image, size: int, *, cut: bool = True) -> Tensor:
     picture = picture.convert("RGBA")
     opaque = Image.new("RGBA", picture.size, "white")
     opaque.alpha_composite(picture)
-    fit = ImageOps.fit if cut else ImageOps.pad
-    extra = {} if cut else {"color": "white"}
-    image = fit(opaque.convert("RGB"), (size, size), method=Image.Resampling.BOX, **extra)
+    opaque = opaque.convert("RGB")
+    if cut:
+        image = ImageOps.fit(opaque, (size, size), method=Image.Resampling.BOX)
+    else:
+        image = ImageOps.pad(opaque, (size, size), method=Image.Resampling.BOX, color="white")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

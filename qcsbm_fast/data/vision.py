@@ -36,8 +36,6 @@ def vision(name: str, root: str | None) -> tuple[Tensor, Tensor]:
             kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
             parts = [kind(root, train=train).data.transpose(0, 3, 1, 2) for train in (True, False)]
     except (RuntimeError, OSError) as error:
-        raise DataError(
-            f"{name}: not in {root}, or damaged: {str(error).split('.')[0]}\n{needed}"
-        ) from None
+        raise DataError(f"{name}: not in {root}, or damaged: {str(error).split('.')[0]}\n{needed}") from None
     train, test = (torch.from_numpy(part).contiguous() for part in parts)
     return train, test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,9 +111,9 @@ def _network(config: Config, shape: torch.Size) -> nn.Module:
     if height != width:
         raise ConfigError(f"model.network: ncsnpp takes square images, got {height} x {width}")
     fields = {field.name for field in dataclasses.fields(NCSNppConfig)}
-    options = {name: value for name, value in vars(model).items() if name in fields}
-    sigmas = {"sigma_min": config.sde.sigma_min, "sigma_max": config.sde.sigma_max}
+    options: dict[str, Any] = {name: value for name, value in vars(model).items() if name in fields}
+    options |= {"sigma_min": config.sde.sigma_min, "sigma_max": config.sde.sigma_max}
     try:
-        return NCSNpp(NCSNppConfig(image_size=height, num_channels=channels, **options, **sigmas))
+        return NCSNpp(NCSNppConfig(image_size=height, num_channels=channels, **options))
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
