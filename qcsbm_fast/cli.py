@@ -22,6 +22,7 @@ COMMANDS = (
     "train",
     "sample",
     "reproduce",
+    "convert",
     "info",
 )
 

@@ -71,7 +71,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: str, expect
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "Unrecognized options: trian\nAvailable subcommands: train, sample, reproduce, info"),
+        ("trian", "Unrecognized options: trian\nAvailable subcommands: train, sample, reproduce, convert, info"),
         ("train --preset moons", "invalid choice 'moons' for argument '--preset'"),
         ("train --kind free", "invalid choice 'free' for argument '--kind/--model.kind'"),
         ("train --optim.lr fast", "Error parsing --optim.lr: could not convert string to float: 'fast'"),

@@ -45,6 +45,15 @@ def train(config: Config, folder: RunFolder, setup: build.Setup | None = None) -
     return True
 
 
+def make_trainer(config: Config, setup: build.Setup) -> Trainer:
+    """The trainer of a run at its first step."""
+    stream = NoiseStream(config.seed, device=setup.device)
+    objective = build.objective(config, setup.score, stream)
+    return Trainer(
+        objective, setup.train, config.optim, stream=stream, seed=config.seed, flip=config.data.flip
+    )
+
+
 class _Run:
     """What the loop carries from step to step."""
 
@@ -52,16 +61,7 @@ class _Run:
         self.config = config
         self.folder = folder
         self.setup = setup
-        stream = NoiseStream(config.seed, device=self.setup.device)
-        objective = build.objective(config, self.setup.score, stream)
-        self.trainer = Trainer(
-            objective,
-            self.setup.train,
-            config.optim,
-            stream=stream,
-            seed=config.seed,
-            flip=config.data.flip,
-        )
+        self.trainer = make_trainer(config, setup)
         self.seconds = 0.0
         if checkpoint.steps(folder.checkpoints):
             state = checkpoint.load(checkpoint.find(folder.checkpoints))

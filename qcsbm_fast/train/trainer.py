@@ -22,7 +22,7 @@ class Trainer:
     `objective(x0 (B, *))` gives a loss and its statistics and holds the score model as `objective.score`;
     `data (N, *)` lies on the device of the model, and with `flip` its images are mirrored at random; `stream`
     is the objective's source of noise, and is saved with the rest. `steps_done` counts steps, `images` the
-    samples seen; `ema` averages the weights. Two trainers made alike take bitwise the same steps on one
+    samples seen; `ema` averages the weights, which `optimizer` moves. Two trainers made alike take bitwise the same steps on one
     machine, and so does one that is restored from `state_dict`.
 
     A step whose loss or gradient is not finite leaves the weights as they are. It raises NonFiniteError on
@@ -50,7 +50,7 @@ class Trainer:
         self._device = data.device
         self._parameters = dict(objective.score.named_parameters())
         betas = (optim.beta1, optim.beta2)
-        self._optimizer = torch.optim.Adam(
+        self.optimizer = torch.optim.Adam(
             self._parameters.values(), lr=optim.lr, betas=betas, eps=optim.eps, fused=True
         )
         self._sums: dict[str, Tensor] = {}
@@ -71,12 +71,12 @@ class Trainer:
         if self.optim.clip:
             scale = (self.optim.clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.steps_done)
         # fused Adam reads this flag on the device and then leaves weights and moments alone
-        self._optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.ema.update()
         self._add({**statistics, "grad_norm": norm})
         if self._device.type == "cpu":
@@ -110,7 +110,7 @@ class Trainer:
             "images": self.images,
             "score": self.objective.score.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "batches": self._batches.state_dict(),
             "stream": self._stream.state_dict(),
             "torch_rng": torch.get_rng_state(),
@@ -123,7 +123,7 @@ class Trainer:
         """Continue from `state`. Raises RuntimeError where the model's shape is another."""
         self.objective.score.load_state_dict(state["score"])
         self.ema.load_state_dict(state["ema"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self._batches.load_state_dict(state["batches"])
         self._stream.load_state_dict(state["stream"])
         torch.set_rng_state(state["torch_rng"])
