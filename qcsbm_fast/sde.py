@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +35,14 @@ class SDE(ABC):
     @abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """`(m, std)`, each `(B,)`: x_t given x_0 is N(m x_0, std^2 I)."""
+
+    @abstractmethod
+    def log_mean(self, t: Tensor) -> Tensor:
+        """log m(t) `(B,)`."""
+
+    @abstractmethod
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        """The time `(B,)` at which std / m is `ratio (B,)`."""
 
     @abstractmethod
     def drift(self, t: Tensor) -> Tensor:
@@ -114,6 +122,12 @@ class VE(SDE):
         """The time at which the noise level is `sigma`, `(B,)`; the inverse of `sigma(t)`."""
         return torch.log(sigma / self.sigma_min) / self._log_ratio
 
+    def log_mean(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        return self.time_of_sigma(ratio)
+
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), self.sigma(t)
 
@@ -161,8 +175,13 @@ class _LinearBeta(SDE):
     def drift(self, t: Tensor) -> Tensor:
         return -0.5 * self.beta(t)
 
-    def _log_mean(self, t: Tensor) -> Tensor:
+    def log_mean(self, t: Tensor) -> Tensor:
         return -0.25 * t.square() * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
+
+    def _time_of_log_mean(self, log_mean: Tensor) -> Tensor:
+        """The inverse of `log_mean`."""
+        root = torch.sqrt(self.beta_min**2 - 4.0 * (self.beta_max - self.beta_min) * log_mean)
+        return -4.0 * log_mean / (self.beta_min + root)
 
 
 @dataclass(frozen=True)
@@ -173,8 +192,11 @@ class VP(_LinearBeta):
     """
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_mean = self._log_mean(t)
+        log_mean = self.log_mean(t)
         return torch.exp(log_mean), torch.sqrt(-torch.expm1(2.0 * log_mean))
+
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        return self._time_of_log_mean(-0.5 * torch.log1p(ratio.square()))
 
     def diffusion(self, t: Tensor) -> Tensor:
         return torch.sqrt(self.beta(t))
@@ -207,11 +229,14 @@ class SubVP(_LinearBeta):
     """
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_mean = self._log_mean(t)
+        log_mean = self.log_mean(t)
         return torch.exp(log_mean), -torch.expm1(2.0 * log_mean)
 
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        return self._time_of_log_mean(-torch.asinh(0.5 * ratio))
+
     def diffusion(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-self.beta(t) * torch.expm1(4.0 * self._log_mean(t)))
+        return torch.sqrt(-self.beta(t) * torch.expm1(4.0 * self.log_mean(t)))
 
 
 @dataclass(frozen=True)
@@ -233,6 +258,12 @@ class OU(SDE):
     @property
     def prior_std(self) -> float:
         return self.stationary_std
+
+    def log_mean(self, t: Tensor) -> Tensor:
+        return -self.theta * t
+
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        return torch.log1p((ratio / self.stationary_std).square()) / (2.0 * self.theta)
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         std = self.stationary_std * torch.sqrt(-torch.expm1(-2.0 * self.theta * t))
@@ -261,6 +292,17 @@ class ScoreFunction(Protocol):
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
         """The score `(B, *)` of the law of x_t at `x (B, *)`, `t (B,)`."""
         ...
+
+
+@dataclass(frozen=True)
+class FunctionScore:
+    """A `ScoreFunction` from any function `(x (B, *), t (B,)) -> (B, *)` and the process it belongs to."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    sde: SDE
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+        return self.function(x, t)
 
 
 _BY_NAME: dict[str, type[SDE]] = {"ve": VE, "vp": VP, "sub-vp": SubVP, "ou": OU}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qcsbm_fast.sde import SDE, VE, VP
+from qcsbm_fast.sde import OU, SDE, VE, VP
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
 
@@ -50,8 +50,33 @@ def ancestral(sde: SDE, t: Tensor, steps: int) -> Coefficients:
     )
 
 
+def exponential(sde: SDE, t: Tensor, steps: int) -> Coefficients:
+    """The exponential integrator: the reverse-time process from t to the next time, with the score held at
+    its value.
+
+    With r = m(next) / m(t) > 1 and the process at rest N(0, S^2 I),
+
+        x' = r x + 2 S^2 (r - 1) s + S sqrt(r^2 - 1) z
+
+    (Chen et al. 2023, arXiv 2209.11215, with time rescaled for VP). The times are those of `steps` even ones
+    from 1 to 0; the last step is empty. For OU and VP only, ValueError otherwise.
+    """
+    if not isinstance(sde, (OU, VP)):
+        raise ValueError(
+            "predictor: expected 'euler-maruyama' or 'reverse-diffusion', got 'exponential', which is "
+            f"defined for OU and VP and not for {type(sde).__name__}"
+        )
+    following = (t - 1.0 / (steps - 1)).clamp(min=0.0)
+    # r - 1 and r^2 - 1 without cancellation
+    growth = sde.log_mean(following) - sde.log_mean(t)
+    variance = sde.prior_std**2
+    noise = torch.sqrt(variance * torch.expm1(2.0 * growth))
+    return torch.exp(growth), 2.0 * variance * torch.expm1(growth), noise
+
+
 PREDICTORS: dict[str, Callable[[SDE, Tensor, int], Coefficients]] = {
     "euler-maruyama": euler_maruyama,
     "reverse-diffusion": reverse_diffusion,
     "ancestral": ancestral,
+    "exponential": exponential,
 }
