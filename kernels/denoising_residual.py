@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .philox import normals
-from .tiles import SUM_BLOCK, SUM_WARPS, Tiles, accumulate_dtype, per_row, require_contiguous, tile
+from .tiles import SUM_BLOCK, SUM_WARPS, Tiles, accumulate_dtype, per_row, require_contiguous, row_sums, tile
 
 
 @triton.jit
@@ -27,10 +27,10 @@ def kernel(
         noise = normals(state, first, column.shape[1])
     else:
         noise = tl.load(z + first + column, mask=mask).to(s.dtype)
-    residual = tl.where(mask, s * value + noise, 0.0)
+    residual = s * value + noise
     slope = 2.0 * w * s
     tl.store(gradient + first + column, (slope * residual).to(gradient.dtype.element_ty), mask=mask)
-    loss = tl.load(weight + row, mask=row < rows) * tl.sum(residual * residual, 1)
+    loss = tl.load(weight + row, mask=row < rows) * row_sums(residual * residual, mask)
     tl.store(parts + piece * rows + row, loss, mask=row < rows)
 
 

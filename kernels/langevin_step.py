@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .philox import normals
 from .sde_step import sde_step
-from .tiles import SUM_BLOCK, SUM_WARPS, Tiles, accumulate_dtype, require_contiguous, tile
+from .tiles import SUM_BLOCK, SUM_WARPS, Tiles, accumulate_dtype, require_contiguous, row_sums, tile
 
 CHUNK = 512
 
@@ -22,16 +22,16 @@ CHUNK = 512
 def squares(score, state, parts, rows, cols, span, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """`||s||^2` and `||z||^2` of each row of this tile, at parts `(2, pieces, rows)`."""
     row, first, column, mask, piece = tile(rows, cols, span, WIDTH, BLOCK)
-    s = tl.load(score + first + column, mask=mask, other=0.0).to(parts.dtype.element_ty)
-    z = tl.where(mask, normals(state, first, column.shape[1]), 0.0).to(s.dtype)
+    s = tl.load(score + first + column, mask=mask).to(parts.dtype.element_ty)
+    z = normals(state, first, column.shape[1]).to(s.dtype)
     at = parts + piece * rows + row
     pieces = tl.cdiv(span, column.shape[1])
-    tl.store(at, tl.sum(s * s, 1), mask=row < rows)
-    tl.store(at + pieces * rows, tl.sum(z * z, 1), mask=row < rows)
+    tl.store(at, row_sums(s * s, mask), mask=row < rows)
+    tl.store(at + pieces * rows, row_sums(z * z, mask), mask=row < rows)
 
 
 @triton.jit
-def coefficients(parts, alpha, snr, out, rows, pieces, CHUNK: tl.constexpr):
+def coefficients(parts, alpha, out, snr, rows, pieces, CHUNK: tl.constexpr):
     """One program: `1`, `step` and `sqrt(2 step)` of each row, at out `(3, rows)`."""
     lane = tl.arange(0, CHUNK)
     score_norms, noise_norms = tl.zeros((CHUNK,), tl.float64), tl.zeros((CHUNK,), tl.float64)
@@ -67,5 +67,5 @@ def langevin_step(
     squares[tiles.grid({"BLOCK": SUM_BLOCK})](
         score, state, parts, *tiles.arguments, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS
     )
-    coefficients[(1,)](parts, alpha, snr, steps, tiles.rows, tiles.pieces(), CHUNK=CHUNK, num_warps=SUM_WARPS)
+    coefficients[(1,)](parts, alpha, steps, snr, tiles.rows, tiles.pieces(), CHUNK=CHUNK, num_warps=SUM_WARPS)
     return sde_step(x, score, *steps, state)

@@ -50,6 +50,16 @@ def per_row(values, row, rows):
     return tl.load(values + row, mask=row < rows)[:, None]
 
 
+@triton.jit
+def row_sums(values, mask):
+    """Sums of `(R, C)` over the columns, `(R,)`.
+
+    The selection also keeps the compiler from fusing a product into the additions between threads, where the lanes
+    of a warp would round the same sum differently.
+    """
+    return tl.sum(tl.where(mask, values, 0.0), 1)
+
+
 class Tiles:
     """The cut of a contiguous `(B, *)` tensor: what `tile` takes, and how many programs that makes."""
 

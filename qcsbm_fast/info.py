@@ -32,7 +32,7 @@ def _instruction_set() -> str:
 def backends() -> dict[str, str]:
     """For each backend "live", or why it is not."""
     count = sum(backend.has_kernel(name, "cpu") for name in OPS)
-    cuda = sum(backend.has_kernel(name, "cuda") for name in OPS)
+    cuda = sum(backend.has_kernel(name, "cuda") and op.triton is None for name, op in OPS.items())
     record = build_record()
     if backend.WHY_NOT_NATIVE is not None:
         native = f"off: {backend.WHY_NOT_NATIVE}"
@@ -46,9 +46,14 @@ def backends() -> dict[str, str]:
         gpu = "off: this version has no CUDA kernels yet; GPU tensors run the reference"
     else:
         gpu = f"off: {record.get('cuda') or 'the extension was not built'}"
-    triton = "live" if importlib.util.find_spec("triton") else "off: the package triton is not installed"
-    if triton == "live" and not torch.cuda.is_available():
+    if not importlib.util.find_spec("triton"):
+        triton = "off: the package triton is not installed"
+    elif not torch.cuda.is_available():
         triton = "off: torch sees no GPU"
+    elif not backend.HAS_TRITON:
+        triton = "off: switched off by QCSBM_BACKEND=reference"
+    else:
+        triton = f"live: {sum(op.triton is not None for op in OPS.values())} of {len(OPS)} ops"
     return {
         "reference": "live (plain torch, any device)",
         "CPU kernels": native,

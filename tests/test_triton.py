@@ -18,9 +18,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cases import TABLE, arguments, outputs
+from cases import TABLE, outputs
 from qcsbm_fast.ops.registry import OPS
-from triton_kernels import DRAW, NAMES, SCORES, STATES, bad_score, interpreted, key
+from triton_kernels import DRAW, NAMES, SCORES, STATES, bad_score, call_of, interpreted, key
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
@@ -55,7 +55,7 @@ def in_float64(call: tuple[Any, ...]) -> list[Any]:
 def test_accuracy(results: Results, name: str, variant: str, size: str, dtype: torch.dtype) -> None:
     """Twice the error of the same-dtype reference, plus a few ulp (the interpreter truncates to bfloat16)."""
     entry, op = TABLE[name], OPS[name]
-    call = arguments(entry, variant, entry.sizes[size], dtype)
+    call = call_of(name, variant, size, dtype)
     got, same = results[key(name, variant, size, dtype)], outputs(op.reference(*call))
     exact = same if name in ("philox_uniform", "rademacher") else outputs(op.reference(*in_float64(call)))
     for g, s, e in zip(got, same, exact, strict=True):
