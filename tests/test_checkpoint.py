@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import IO
 
@@ -48,7 +49,7 @@ def test_a_crash_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     checkpoint.save(tmp_path, 1, state(1.0), keep=1)
 
     def crash(*_: object) -> None:
-        raise OSError("power cut")
+        raise OSError(5, "power cut")
 
     def write_half(_: object, file: IO[bytes]) -> None:
         file.write(b"half a checkpoint")
@@ -59,7 +60,7 @@ def test_a_crash_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             patch.setattr(os, "replace", crash)
         else:
             patch.setattr(torch, "save", write_half)
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(CheckpointError, match=r"step-00000002.pt: cannot be written: power cut"):
             checkpoint.save(tmp_path, 2, state(2.0), keep=1)
     assert checkpoint.steps(tmp_path) == [1]
     assert checkpoint.load(checkpoint.find(tmp_path))["weights"][0] == 1.0
@@ -78,12 +79,12 @@ class Malicious:
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    for name, dump in (
-        ("torch.pt", torch.save),
-        ("plain.pt", lambda x, p: p.write_bytes(pickle.dumps(x, 2))),
+    for name, dump, message in (
+        ("torch.pt", torch.save, "refused: it holds something other than"),
+        ("plain.pt", lambda x, p: p.write_bytes(pickle.dumps(x, 2)), "or not a checkpoint"),
     ):
         dump({"weights": Malicious(trace)}, tmp_path / name)
-        with pytest.raises(CheckpointError, match=rf"{name}: refused: it holds something other than"):
+        with pytest.raises(CheckpointError, match=rf"{name}: .*{message}"):
             checkpoint.load(tmp_path / name)
         assert not trace.exists()
 
@@ -98,6 +99,91 @@ def test_damage_is_named(tmp_path: Path) -> None:
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load(tmp_path / "absent.pt")
+
+
+def reloaded(path: Path, whole: dict) -> str:
+    """ "refused", "the same", or "wrong" if what is loaded differs from `whole`."""
+    try:
+        loaded = checkpoint.load(path)
+    except CheckpointError as error:
+        return "refused" if path.name in str(error) else "nameless"
+    return "the same" if same(loaded, whole) else "wrong"
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.filterwarnings("ignore")  # zipfile's, of records that seem to lie on each other
+def test_no_damage_is_loaded(tmp_path: Path) -> None:
+    """A file cut at 20 places, and 200 times one flipped bit: refused, or harmless, but never loaded wrong."""
+    whole = state(1.5) | {"matrix": torch.arange(400.0).view(20, 20), "bytes": torch.arange(64).byte()}
+    path = checkpoint.save(tmp_path, 1, whole, keep=1)
+    data = path.read_bytes()
+    assert reloaded(path, whole) == "the same"
+    outcomes = []
+    for place in torch.linspace(0, len(data) - 1, 20).long().tolist():
+        path.write_bytes(data[:place])
+        outcomes.append(reloaded(path, whole))
+    assert outcomes == ["refused"] * 20
+    places = torch.randint(8 * len(data), (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        outcomes.append(reloaded(path, whole))
+    assert set(outcomes) <= {"refused", "the same"}
+    assert outcomes.count("refused") > 100
+
+
+def test_the_one_before_a_damaged_one_is_used(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, state(step), keep=3)
+    for step in (3, 2):
+        path = checkpoint.find(tmp_path, step)
+        path.write_bytes(path.read_bytes()[:-200])
+        loaded, problems = checkpoint.load_newest(tmp_path, rename=step == 2)
+        assert loaded["weights"][0] == step - 1
+    assert [problem.split(": ")[0] for problem in problems] == [
+        str(tmp_path / f"step-0000000{step}.pt") for step in (3, 2)
+    ]
+    (tmp_path / "step-00000004.tmp").write_bytes(b"half")
+    checkpoint.remove_halves(tmp_path)
+    names = ["step-00000001.pt", "step-00000002.pt.damaged", "step-00000003.pt.damaged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    # a damaged one takes nobody's place among those that are kept
+    checkpoint.save(tmp_path, 2, state(2), keep=2)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step-00000002.pt: damaged(.|\n)*step-00000001.pt: damaged"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_the_best_stands_apart(tmp_path: Path) -> None:
+    checkpoint.save_best(tmp_path, state(7.0))
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step), keep=1)
+    assert checkpoint.steps(tmp_path) == [2]
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["weights"][0] == 7.0
+
+
+def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
+    """A limit on the size of files fails writes in the middle, as a full disk does."""
+    checkpoint.save(tmp_path, 1, state(1.0), keep=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000002\.pt: cannot be written: File too large"):
+            checkpoint.save(tmp_path, 2, {"weights": torch.ones(100_000)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+    assert checkpoint.load(checkpoint.find(tmp_path))["weights"][0] == 1.0
 
 
 def test_statistics_have_each_step_once(tmp_path: Path) -> None:
