@@ -16,6 +16,7 @@ import tyro
 from pydantic import ValidationError
 
 from qcsbm_fast.train.config import describe
+from qcsbm_fast.memory import keep_freed_memory
 from qcsbm_fast.train.errors import ConfigError, RunError
 
 COMMANDS = (
@@ -34,6 +35,7 @@ Start with `qcsbm train`: two minutes on two cores, on scikit-learn's handwritte
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`, by default that of the process, and return its exit status."""
+    keep_freed_memory()
     try:
         command = _parse(list(sys.argv[1:] if argv is None else argv) or ["--help"])
         sys.modules[type(command).__module__].run(command)
