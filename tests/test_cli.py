@@ -71,7 +71,11 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: str, expect
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "Unrecognized options: trian\nAvailable subcommands: train, sample, reproduce, convert, info"),
+        (
+            "trian",
+            "Unrecognized options: trian\nAvailable subcommands: train, sample, evaluate, compare, "
+            "reproduce, convert, info",
+        ),
         ("train --preset moons", "invalid choice 'moons' for argument '--preset'"),
         ("train --kind free", "invalid choice 'free' for argument '--kind/--model.kind'"),
         ("train --optim.lr fast", "Error parsing --optim.lr: could not convert string to float: 'fast'"),
@@ -161,7 +165,7 @@ def test_train_and_sample_points(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("kind", ["unconstrained", "conservative"])
 def test_train_and_sample_images(capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    arguments = ("--kind", kind, "--model.width", 16, "--model.depth", 1, "--out", "run", *TINY.split())
+    arguments = ("--kind", kind, "--model.nf", 8, "--out", "run", *TINY.split())
     status, output, errors = call(capsys, "train", *arguments)
     assert status == 0, errors
     assert "samples.png should look like the data" in output
