@@ -22,6 +22,8 @@ from qcsbm_fast.train.errors import ConfigError, RunError
 COMMANDS = (
     "train",
     "sample",
+    "evaluate",
+    "compare",
     "reproduce",
     "convert",
     "info",

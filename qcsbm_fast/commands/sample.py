@@ -24,7 +24,12 @@ class Command:
     on the command line.
 
     - qcsbm sample runs/digits-quasi-conservative-1 --count 25
-    - qcsbm sample runs/digits-quasi-conservative-1 --sampler ode --out picture.png
+    - qcsbm sample runs/digits-quasi-conservative-1 --sampler ode --out picture.png --gif
+
+    Long jobs are drawn in batches; interrupted, the same command goes on with the first that is missing. Several
+    processes or machines with one file system share a job:
+
+    - qcsbm sample RUN --count 50000 --shard 0/4 (and 1/4, 2/4, 3/4)
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -38,10 +43,27 @@ class Command:
     """Seed of the samples."""
     device: str = "auto"
     """auto: a GPU where there is one, otherwise the CPU; or a torch device such as cpu or cuda:1."""
+    batch_size: Annotated[int | None, option("INT", "(default: 256 images, 10000 points)")] = None
+    """Samples drawn at once."""
+    shard: Annotated[str, option("I/N", "(default: 0/1, all)")] = "0/1"
+    """Draw only the batches I, I + N, I + 2 N, ...; the process that draws the last one writes the files."""
+    gif: bool = False
+    """Also write a GIF of how the first batch comes into being."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed should be 0 or more and below 2^63, got {self.seed}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"--batch-size should be 1 or more, got {self.batch_size}")
+        index, count = self.share
+        if not 0 <= index < count:
+            raise ConfigError(f"--shard should be I/N with 0 <= I < N, such as 0/4, got {self.shard}")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """I and N of `shard`; (0, 0) where it is not of that form."""
+        index, _, count = self.shard.partition("/")
+        return (int(index), int(count)) if index.isdecimal() and count.isdecimal() else (0, 0)
 
 
 def defaults(arguments: Sequence[str]) -> Command:
@@ -62,5 +84,11 @@ def run(command: Command) -> None:
         out=command.out,
         seed=command.seed,
         device=command.device,
+        batch_size=command.batch_size,
+        shard=sample.Shard(*command.share),
+        gif=command.gif,
     )
-    print(f"{command.sampling.count} samples: {picture} and {picture.with_suffix('.npz')}")
+    if picture is None:
+        print(f"Shard {command.shard} is done; the samples are written when the other shards are")
+    else:
+        print(f"{command.sampling.count} samples: {picture} and {picture.with_suffix('.npz')}")

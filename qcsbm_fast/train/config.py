@@ -195,6 +195,8 @@ class Optim:
     """Steps over which the learning rate rises linearly; 0 for none."""
     ema: BelowOne = 0.999
     """Decay of the averaged weights that evaluation and sampling use; 0 for the plain weights."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is infinite or not a number is never taken: stop there, or count it and go on."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Optim:
@@ -223,14 +225,20 @@ class Evaluation:
 class Sampling:
     """How samples are drawn from the model."""
 
-    sampler: Literal["pc", "ode"] = "pc"
-    """pc: reverse diffusion steps with a Langevin corrector; ode: the probability-flow ODE, adaptive."""
+    sampler: Literal["pc", "ode", "heun"] = "pc"
+    """pc: predictor-corrector; ode: the probability-flow ODE with adaptive steps; heun: the same in fixed steps."""
     count: Count = 64
     """Number of samples."""
     steps: Count = 200
-    """pc: number of steps."""
-    corrector: Literal["langevin", "none"] = "langevin"
-    """pc: one Langevin step at each noise level, or none."""
+    """pc, heun: number of steps."""
+    predictor: Literal["reverse-diffusion", "euler-maruyama", "ancestral", "exponential", "none"] = (
+        "reverse-diffusion"
+    )
+    """pc: step of the reverse-time process; ancestral for ve and vp, exponential for ou and vp."""
+    corrector: Literal["langevin", "annealed-langevin", "none"] = "langevin"
+    """pc: Langevin steps at each noise level, their size from the norms of score and noise or from the level."""
+    corrector_steps: Count = 1
+    """pc: corrector steps at each noise level."""
     snr: Positive = 0.16
     """pc: signal-to-noise ratio that sets the Langevin step."""
     rtol: Positive = 1e-4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,42 @@ from qcsbm_fast.train.errors import RunError
 
 
 def draw(
-    score: Score, shape: torch.Size, sampling: Sampling, stream: NoiseStream, *, progress: bool = False
+    score: Score,
+    shape: torch.Size,
+    sampling: Sampling,
+    stream: NoiseStream,
+    *,
+    count: int | None = None,
+    progress: bool = False,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """`(count, *shape)` samples of shape `shape`. Raises RunError where the ODE solver fails."""
-    size = (sampling.count, *shape)
-    if sampling.sampler == "ode":
-        try:
-            return probability_flow(score, size, rtol=sampling.rtol, atol=sampling.atol, stream=stream)
-        except RuntimeError as error:
-            raise RunError(f"no samples: {error}") from error
-    return predictor_corrector(
-        score,
-        size,
-        steps=sampling.steps,
-        corrector=sampling.corrector,
-        snr=sampling.snr,
-        stream=stream,
-        progress=progress,
-    )
+    """`(count, *shape)` samples, by default as many as the settings say; `watch` as the sampler's.
+
+    Raises RunError where the settings do not fit the process or the ODE solver fails.
+    """
+    size = (sampling.count if count is None else count, *shape)
+    try:
+        if sampling.sampler == "pc":
+            return predictor_corrector(
+                score,
+                size,
+                steps=sampling.steps,
+                predictor=sampling.predictor,
+                corrector=sampling.corrector,
+                corrector_steps=sampling.corrector_steps,
+                snr=sampling.snr,
+                stream=stream,
+                progress=progress,
+                watch=watch,
+            )
+        return probability_flow(
+            score,
+            size,
+            rtol=sampling.rtol,
+            atol=sampling.atol,
+            steps=sampling.steps if sampling.sampler == "heun" else None,
+            stream=stream,
+            watch=watch,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"no samples: {error}") from error

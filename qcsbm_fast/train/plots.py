@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,11 +23,11 @@ _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1661b", "#8a8a8a"
 _DPI = 150
 
 
-def image_grid(path: Path, images: Tensor) -> None:
-    """`images (N, C, H, W)`, C = 1 or 3, values in [0, 1], side by side in a nearly square grid."""
+def image_grid(path: Path | IO[bytes], images: Tensor, columns: int | None = None) -> None:
+    """`images (N, C, H, W)`, C = 1 or 3, values in [0, 1], side by side, by default in a nearly square grid."""
     pixels = images.detach().cpu().clamp(0.0, 1.0).permute(0, 2, 3, 1).numpy()
     count, height, width, channels = pixels.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     gap = max(1, height // 8)
     canvas = np.ones((rows * (height + gap) + gap, columns * (width + gap) + gap, channels))
@@ -44,7 +44,7 @@ def image_grid(path: Path, images: Tensor) -> None:
     figure.savefig(path)
 
 
-def scatter(path: Path, samples: Tensor, data: Tensor | None = None) -> None:
+def scatter(path: Path | IO[bytes], samples: Tensor, data: Tensor | None = None) -> None:
     """Points `samples (N, 2)`, beside as many of the points `data (M, 2)` if given."""
     panels = [(f"{len(samples)} samples", samples, _BLUE)]
     if data is not None:

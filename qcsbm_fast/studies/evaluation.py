@@ -1,0 +1,201 @@
+"""Everything that can be said of a trained run: a table, numbers, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcsbm_fast import data
+from qcsbm_fast.likelihood import dequantized_bits_per_dim, log_likelihood
+from qcsbm_fast.metrics import density_coverage, precision_recall, score_error, sliced_wasserstein2
+from qcsbm_fast.random import NoiseStream
+from qcsbm_fast.sampling.noise import SampleNoise
+from qcsbm_fast.score import Score
+from qcsbm_fast.train import build, checkpoint
+from qcsbm_fast.train.draw import draw
+from qcsbm_fast.train.errors import RunError
+from qcsbm_fast.train.evaluate import measure, over_levels
+from qcsbm_fast.train.folder import RunFolder
+
+FILE = "evaluation.json"
+LABELS = {
+    "dsm": "denoising loss",
+    "asym": "Asym",
+    "nasym": "NAsym",
+    "score_error": "score error (oracle)",
+    "nll": "NLL (nats)",
+    "bits_per_dim": "NLL (bits/dim)",
+    "precision": "precision (k = 3)",
+    "recall": "recall (k = 3)",
+    "density": "density (k = 5)",
+    "coverage": "coverage (k = 5)",
+    "sliced_w2": "sliced W2",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure; `levels` noise levels, the rest are numbers of samples, probes and repeats."""
+
+    points: int
+    levels: int
+    probes: int
+    oracle_points: int
+    nll_points: int
+    repeats: int
+    samples: int
+    seed: int = 0
+
+
+def settings_for(image: bool) -> Settings:
+    """What is measured by default: points are cheap, and their Jacobian is taken whole."""
+    if image:
+        return Settings(
+            points=500, levels=20, probes=4, oracle_points=50, nll_points=50, repeats=3, samples=300
+        )
+    return Settings(5000, 20, 1, oracle_points=2000, nll_points=2000, repeats=1, samples=5000)
+
+
+def evaluate_run(
+    folder: RunFolder, settings: Settings, *, step: int | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Measure the averaged weights of a checkpoint, by default the newest, on held-out data.
+
+    Writes evaluation/<step>/ in the run folder, with evaluation.json, table.md and the pictures, and returns
+    what is in the JSON: under "values" a pair of mean and standard error by name (the error None where it is
+    not known), under "levels" those of Asym and NAsym by noise level.
+    """
+    config = replace(folder.read_config(), device=device)
+    state = checkpoint.load(checkpoint.find(folder.checkpoints, step))["trainer"]
+    setup = build.build(config)
+    setup.score.eval().load_state_dict(state["ema"]["module"])
+    score = build.full_precision(setup.score)
+    exact = not setup.image
+    stream = NoiseStream(settings.seed, device=setup.device)
+    test = setup.test[: settings.points]
+    times, values = measure(
+        score, test, stream, levels=settings.levels, probes=settings.probes, exact=exact,
+        half=config.objective.half, batch_size=100 if setup.image else 1000,
+    )  # fmt: skip
+    found: dict[str, tuple[float, float | None]] = dict(over_levels(values))
+    train = data.as_float(setup.train)
+    errors = score_error(score, train, test[: settings.oracle_points], times, stream)
+    found["score_error"] = (errors.mean().item(), None)
+    found |= _likelihood(score, setup.test[: settings.nll_points], stream, settings, config.data.name, exact)
+    samples = draw_samples(score, setup, config.sampling, settings)
+    found |= _quality(setup.test, samples)
+    by_level = values.mean(2), values.std(2) / math.sqrt(values.shape[2])
+    result = {
+        "run": str(folder.path),
+        "step": state["steps_done"],
+        "settings": vars(settings),
+        "values": {name: list(pair) for name, pair in found.items()},
+        "levels": {
+            "sigma": score.sde.marginal(times)[1].tolist(),
+            "asym": by_level[0][1].tolist(),
+            "asym_error": by_level[1][1].tolist(),
+            "nasym": by_level[0][2].tolist(),
+            "nasym_error": by_level[1][2].tolist(),
+        },
+    }
+    out = folder.path / "evaluation" / str(state["steps_done"])
+    _write(out, result, score, setup, config.objective.t_min, train, samples)
+    return result
+
+
+def _likelihood(
+    score: Score, x: Tensor, stream: NoiseStream, settings: Settings, name: str, exact: bool
+) -> dict[str, tuple[float, float | None]]:
+    try:
+        if exact:
+            nats = -log_likelihood(score, x, exact=True, batch_size=1000)
+            return {"nll": (nats.mean().item(), nats.std().item() / math.sqrt(len(x)))}
+        bits = dequantized_bits_per_dim(
+            score, x, stream, repeats=settings.repeats, quantization=17 if name == "digits" else 256
+        )
+    except RuntimeError as error:
+        raise RunError(f"no likelihood: {error}") from error
+    return {"bits_per_dim": (bits.mean, bits.error)}
+
+
+def draw_samples(score: Score, setup: build.Setup, sampling: Any, settings: Settings) -> Tensor:
+    """As many samples as the settings say, by the run's own sampler, in batches."""
+    size = 100 if setup.image else 5000
+    parts = [
+        draw(
+            score,
+            setup.shape,
+            sampling,
+            SampleNoise(settings.seed, first, setup.device),
+            count=min(size, settings.samples - first),
+        )
+        for first in range(0, settings.samples, size)
+    ]
+    return torch.cat(parts)
+
+
+def _quality(test: Tensor, samples: Tensor) -> dict[str, tuple[float, float | None]]:
+    """Nearest-neighbour metrics and, where POT is there, the sliced distance, on as many held-out samples as
+    drawn ones."""
+    count = min(len(test), len(samples))
+    real, fake = test[:count], samples[:count]
+    quality = precision_recall(real, fake)._asdict() | density_coverage(real, fake)._asdict()
+    found: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in quality.items()}
+    with contextlib.suppress(ImportError):  # POT is an extra
+        found["sliced_w2"] = (sliced_wasserstein2(real, fake), None)
+    return found
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Markdown: a line per value with its standard error."""
+    lines = [f"| {result['run']}, step {result['step']} | value | standard error |", "|---|---|---|"]
+    for name, label in LABELS.items():
+        if name in result["values"]:
+            mean, error = result["values"][name]
+            lines.append(f"| {label} | {mean:.4g} | {'' if error is None else f'{error:.2g}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """The evaluation of the latest checkpoint that has one. Raises RunError where none has."""
+    found = [p for p in (folder / "evaluation").glob(f"*/{FILE}") if p.parent.name.isdecimal()]
+    if not found:
+        raise RunError(f"{folder}: not evaluated yet\nRun: qcsbm evaluate {folder}")
+    return json.loads(max(found, key=lambda path: int(path.parent.name)).read_text())
+
+
+def _write(
+    out: Path,
+    result: dict[str, Any],
+    score: Score,
+    setup: build.Setup,
+    t_min: float,
+    train: Tensor,
+    samples: Tensor,
+) -> None:
+    from qcsbm_fast.studies import evaluation_plots
+    from qcsbm_fast.train import plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation_plots.asymmetry_by_sigma(out / "asymmetry.png", {"": result["levels"]})
+    if setup.image:
+        plots.image_grid(out / "samples.png", samples[:100])
+        evaluation_plots.nearest_neighbours(out / "neighbours.png", samples[:10], train)
+    else:
+        plots.scatter(out / "samples.png", samples, setup.test)
+        axis = torch.linspace(-plots.EXTENT, plots.EXTENT, 40, device=setup.device)
+        points = torch.cartesian_prod(axis, axis)
+        t = torch.full((len(points),), t_min, device=setup.device)
+        with torch.no_grad():
+            plots.vector_field(
+                out / "field.png", points, score(points, t), "score at the smallest noise level"
+            )
+    (out / "table.md").write_text(format_table(result))
+    (out / FILE).write_text(json.dumps(result, indent=1))
