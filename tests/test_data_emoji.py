@@ -112,3 +112,17 @@ def test_no_font_no_emoji(tmp_path: Path) -> None:
             data.load("emoji", root=str(tmp_path / name))
         assert name in str(error.value)
         assert "fonts-noto-color-emoji" in str(error.value)
+
+
+def test_the_installed_font() -> None:
+    """No held-out emoji is nearly one of the training's, and all are there once."""
+    try:
+        emoji._find(None)
+    except data.DataError as error:
+        pytest.skip(str(error))
+    dataset = data.load("emoji")
+    assert dataset.train.shape[1:] == dataset.test.shape[1:] == (3, 32, 32)
+    assert len(dataset.train) + len(dataset.test) > 3000
+    assert 0.1 <= len(dataset.test) / (len(dataset.train) + len(dataset.test)) < 0.12
+    train, test = (data.as_float(part).flatten(1) for part in (dataset.train, dataset.test))
+    assert torch.cdist(test, train).min() / 3072**0.5 >= 0.08
