@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.registry import accumulate_dtype
-from .penalty import Asymmetry, Distribution, Estimator, asymmetry
+from .penalty import Distribution, Estimator, asymmetry, draw_probes
 from .random import NoiseStream
 from .score import Score
 
@@ -82,6 +82,10 @@ class DenoisingObjective(nn.Module):
             bounds the negative log-likelihood.
         t_min: smallest time.
 
+    With `shard = (rank, world)` it works off that share of every batch, as one of `world` processes that are given the
+    same batches and the same stream: the processes' statistics add up to the whole batch's, and the mean of their
+    losses, each `world` times its share, is the whole loss, as DistributedDataParallel takes it.
+
     Raises:
         ValueError: naming the argument out of range.
     """
@@ -125,17 +129,21 @@ class DenoisingObjective(nn.Module):
         self.coefficient = 0.5 if half else 1.0
         self.likelihood_weighting = likelihood_weighting
         self.t_min = t_min
+        self.shard: tuple[int, int] = (0, 1)
 
     def forward(self, x0: Tensor) -> Objective:
         """Loss of the batch `x0` `(B, *)`; call `backward()` on it once."""
+        rank, world = self.shard
+        mine = slice(rank, None, world)
         batch = x0.shape[0]
         dtype = accumulate_dtype(x0.dtype)
         t = self.t_min + (1 - self.t_min) * self.stream.uniform((batch,), dtype=dtype)
         mean, sigma = self.score.sde.marginal(t)
         x, z = ops.perturb(x0, mean, sigma, self.stream.draw())
         if self.balancing_factor == 0:
-            dsm = self._denoising(self.score(x, t), z, sigma, t)
-            return Objective(dsm, {"loss": dsm.detach(), "dsm": dsm.detach()})
+            x, z, t, sigma = x[mine], z[mine], t[mine], sigma[mine]
+            dsm = self._denoising(self.score(x, t), z, sigma, t, batch)
+            return Objective(dsm * world, {"loss": dsm.detach(), "dsm": dsm.detach()})
 
         count = max(1, round(self.fraction * batch))
         weight = torch.full_like(sigma, 1 / batch)
@@ -147,41 +155,52 @@ class DenoisingObjective(nn.Module):
             order = systematic_order(probability, count, self.stream.uniform((1,)))
             x, z, t, sigma = x[order], z[order], t[order], sigma[order]
             weight = (1 / (batch * probability[order])).to(sigma.dtype)
-        penalised = self._asymmetry(x[:count], t[:count])
-        score = penalised.score
-        if count < batch:
-            score = torch.cat([score, self.score(x[count:], t[count:])])
-        dsm = self._denoising(score, z, sigma, t)
-        weight = weight[:count]
-        scale = weight * sigma[:count] ** 2
-        surrogate = (scale * penalised.surrogate).sum()
-        penalty = (scale * penalised.penalty).sum()
+        v = (
+            None
+            if self.exact
+            else draw_probes(x[:count], self.probes, self.distribution, self.stream)[:, mine]
+        )
+        if world > 1:  # of the drawn samples and of the others a share each
+            x, z, t, sigma, weight = (_share(value, count, mine) for value in (x, z, t, sigma, weight))
+            count = len(range(rank, count, world))
+        score, penalty, asym, surrogate = self._penalised(x, t, sigma, weight[:count], v)
+        dsm = self._denoising(score, z, sigma, t, batch)
         # The value is the penalty's, the gradient the surrogate's.
         term = penalty + (surrogate - surrogate.detach())
         loss = dsm + self.balancing_factor * term
         return Objective(
-            loss,
-            {
-                "loss": loss.detach(),
-                "dsm": dsm.detach(),
-                "penalty": penalty,
-                "asym": (weight * penalised.penalty).sum(),
-            },
+            loss * world,
+            {"loss": loss.detach(), "dsm": dsm.detach(), "penalty": penalty, "asym": asym},
         )
 
-    def _denoising(self, score: Tensor, z: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-        weight = torch.full_like(sigma, self.coefficient / sigma.shape[0])
+    def _denoising(self, score: Tensor, z: Tensor, sigma: Tensor, t: Tensor, batch: int) -> Tensor:
+        weight = torch.full_like(sigma, self.coefficient / batch)
         if self.likelihood_weighting:
             weight = weight * (self.score.sde.diffusion(t) / sigma).square()
         return ops.denoising_residual(score, sigma, weight, z=z).sum()
 
-    def _asymmetry(self, x: Tensor, t: Tensor) -> Asymmetry:
-        return asymmetry(
-            lambda value: self.score(value, t),
-            x,
-            probes=self.probes,
+    def _penalised(
+        self, x: Tensor, t: Tensor, sigma: Tensor, weight: Tensor, v: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The score of all, and weighted sums over the first `len(weight)`: penalty, asymmetry and surrogate."""
+        count = weight.shape[0]
+        if count == 0:  # more processes than drawn samples
+            nothing = weight.sum()
+            return self.score(x, t), nothing, nothing, nothing
+        result = asymmetry(
+            lambda value: self.score(value, t[:count]),
+            x[:count],
             estimator=self.estimator,
-            distribution=self.distribution,
             exact=self.exact,
-            generator=self.stream,
+            v=v,
         )
+        score = result.score
+        if count < x.shape[0]:
+            score = torch.cat([score, self.score(x[count:], t[count:])])
+        scale = weight * sigma[:count] ** 2
+        penalty, surrogate = (scale * result.penalty).sum(), (scale * result.surrogate).sum()
+        return score, penalty, (weight * result.penalty).sum(), surrogate
+
+
+def _share(values: Tensor, count: int, mine: slice) -> Tensor:
+    return torch.cat([values[:count][mine], values[count:][mine]])

@@ -12,7 +12,7 @@ from qcsbm_fast.commands.options import FLAT, last_value, option
 from qcsbm_fast.train import config_file
 from qcsbm_fast.train.config import Config
 from qcsbm_fast.train.errors import ConfigError, NonFiniteError, RunError
-from qcsbm_fast.train.folder import check_continues, create, open_run
+from qcsbm_fast.train.folder import RunFolder, check_continues, create, open_run
 from qcsbm_fast.train.presets import PRESETS
 
 
@@ -27,6 +27,7 @@ class Command:
     - qcsbm train --preset checkerboard --kind unconstrained
     - qcsbm train --penalty.fraction 0.5 --steps 2000 --out runs/half
     - qcsbm train --resume runs/half --steps 4000
+    - torchrun --nproc-per-node 2 -m qcsbm_fast train
     """
 
     settings: Annotated[Config, FLAT]
@@ -57,19 +58,28 @@ def _base_settings(arguments: Sequence[str]) -> Config:
 
 def run(command: Command) -> None:
     from qcsbm_fast.train import build, checkpoint, run
+    from qcsbm_fast.train.distributed import processes
 
-    setup = build.build(command.settings)  # what is wrong with data or device, before anything is written
+    settings = command.settings
+    with processes(settings.device) as group:
+        setup = build.build(settings)  # what is wrong with data or device, before anything is written
+        folder = group.share(_folder(command) if group.first else None)
+        try:
+            run.train(settings, folder, setup, group)
+        except NonFiniteError as error:
+            have = checkpoint.steps(folder.checkpoints)
+            kept = "The last good checkpoint is kept" if have else "No checkpoint yet"
+            retry = f"--resume {shlex.quote(str(folder.path))} --optim.lr {settings.optim.lr / 4:g}"
+            raise RunError(
+                f"{error}\n{kept}; to try again with smaller steps: qcsbm train {retry}"
+            ) from error
+
+
+def _folder(command: Command) -> RunFolder:
     if command.resume is None:
         folder = create(command.settings, command.out)
     else:
         folder = open_run(command.resume)
         check_continues(folder.read_config(), command.settings)
-        folder.write_config(command.settings)
     print(f"Run folder: {folder.path}")
-    try:
-        run.train(command.settings, folder, setup)
-    except NonFiniteError as error:
-        have = checkpoint.steps(folder.checkpoints)
-        kept = "The last good checkpoint is kept" if have else "No checkpoint yet"
-        retry = f"--resume {shlex.quote(str(folder.path))} --optim.lr {command.settings.optim.lr / 4:g}"
-        raise RunError(f"{error}\n{kept}; to try again with smaller steps: qcsbm train {retry}") from error
+    return folder

@@ -43,7 +43,7 @@ def save_best(folder: Path, state: dict[str, Any]) -> Path:
     return _write(folder, BEST, state)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk and give it its name.
 
     Raises CheckpointError where there is no room or no permission; what stood at `path` is still there.

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from qcsbm_fast.train.checkpoint import write_whole
 from qcsbm_fast.train.config import Config, from_mapping, to_mapping
 from qcsbm_fast.train.errors import ConfigError
 from qcsbm_fast.train.presets import PRESETS
@@ -41,8 +42,9 @@ def read(path: Path, preset: str | None = None) -> Config:
 
 
 def write(path: Path, config: Config) -> None:
-    """Write every setting."""
-    path.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    """Write every setting, or leave the file as it is. Raises CheckpointError where it cannot be written."""
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _load(path: Path) -> dict[str, Any]:

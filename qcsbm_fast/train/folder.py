@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from qcsbm_fast.train import config_file
 from qcsbm_fast.train.config import Config
@@ -26,6 +31,30 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         config_file.write(self.path / "config.yaml", config)
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other trainers out; the system lifts the lock when this process ends, however it does.
+
+        Raises RunError where another process holds it.
+        """
+        try:
+            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written: {error.strerror}") from None
+        with file:
+            try:
+                _lock(file)
+            except OSError:
+                file.seek(0)
+                raise RunError(
+                    f"{self.path}: {file.read() or 'another process'} is training here\n"
+                    "Wait for it or stop it; a copy of the folder can be trained apart"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
 
 def create(config: Config, out: Path | None = None) -> RunFolder:
     """Make the folder of a new run: `out`, by default runs/<preset>-<kind>-<number>, with config.yaml in it.
@@ -41,7 +70,7 @@ def create(config: Config, out: Path | None = None) -> RunFolder:
                 f"{path}: there is something here already\n"
                 f"Continue that run with --resume {path}, or choose another folder with --out"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        _make(path, exist_ok=True)
     folder = RunFolder(path)
     folder.write_config(config)
     return folder
@@ -81,9 +110,30 @@ def _make_numbered(parent: Path, stem: str) -> Path:
     number = 1
     while True:
         path = parent / f"{stem}-{number}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return path
+        if not path.exists():
+            try:
+                _make(path)
+                return path
+            except FileExistsError:  # another run was quicker
+                pass
+        number += 1
+
+
+def _make(path: Path, *, exist_ok: bool = False) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be made: {error.strerror}\nChoose another folder with --out"
+        ) from None
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock the file for this process; OSError if another has. Without effect where the system has no flock."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

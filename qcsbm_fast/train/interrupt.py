@@ -11,10 +11,12 @@ from typing import Any
 class Interrupt:
     """While entered, the first SIGINT or SIGTERM is just noted in `received`; a second acts as always.
 
-    Outside the main thread, where Python takes no signal handlers, nothing is caught.
+    With `patient` the later ones are only noted too: torchrun sends its processes one after another. Outside the
+    main thread, where Python takes no signal handlers, nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -31,7 +33,8 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         while self._previous:

@@ -47,15 +47,18 @@ class Statistics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `stats.jsonl`; a last line that was cut short is left out."""
+    """The rows of a `stats.jsonl` up to a line that is damaged, such as a last one that was cut short."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from qcsbm_fast.objectives import DenoisingObjective
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.train.batches import Batches
 from qcsbm_fast.train.config import Optim
+from qcsbm_fast.train.distributed import Processes
 from qcsbm_fast.train.ema import EMA
 from qcsbm_fast.train.errors import NonFiniteError
 
@@ -22,12 +24,15 @@ class Trainer:
     `objective(x0 (B, *))` gives a loss and its statistics and holds the score model as `objective.score`;
     `data (N, *)` lies on the device of the model, and with `flip` its images are mirrored at random; `stream`
     is the objective's source of noise, and is saved with the rest. `steps_done` counts steps, `images` the
-    samples seen; `ema` averages the weights, which `optimizer` moves. Two trainers made alike take bitwise the same steps on one
-    machine, and so does one that is restored from `state_dict`.
+    samples seen; `ema` averages the weights, which `optimizer` moves. Two trainers made alike take bitwise the
+    same steps on one machine, and so does one that is restored from `state_dict`.
 
     A step whose loss or gradient is not finite leaves the weights as they are. It raises NonFiniteError on
     the CPU at once, on a GPU at the next `read_statistics` or `check_finite`: asking in every step would make
-    the host wait for the GPU.
+    the host wait for the GPU. With `optim.nonfinite` "skip" it is left out of the statistics and counted in
+    `skipped`, and only `read_statistics` raises, when no step since the last call was finite.
+
+    Of several `processes` each works off its share of every batch, and all take the same steps.
     """
 
     def __init__(
@@ -39,13 +44,20 @@ class Trainer:
         stream: NoiseStream,
         seed: int,
         flip: bool = False,
+        processes: Processes = Processes(),  # noqa: B008  it does not change
     ) -> None:
         self.objective = objective
         self.optim = optim
         self.steps_done = 0
         self.images = 0
+        self.skipped = 0
         self.ema = EMA(objective.score, optim.ema)
+        self._seed = seed
         self._stream = stream
+        self._processes = processes
+        if processes.several:
+            objective.shard = (processes.rank, processes.world)
+        self._replicated = processes.replicate(objective)
         self._batches = Batches(data, optim.batch_size, seed, flip=flip)
         self._device = data.device
         self._parameters = dict(objective.score.named_parameters())
@@ -55,6 +67,7 @@ class Trainer:
         )
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
+        self._finite = torch.zeros((), device=self._device)
         self._failure = torch.zeros(2 + len(self._parameters), dtype=torch.float64, device=self._device)
 
     def step(self) -> None:
@@ -78,7 +91,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
-        self._add({**statistics, "grad_norm": norm})
+        self._add({**statistics, "grad_norm": norm}, finite)
         if self._device.type == "cpu":
             self.check_finite()
 
@@ -90,17 +103,23 @@ class Trainer:
         """Means over the steps since the last call of the objective's statistics and the gradient's norm."""
         self.check_finite()
         names = list(self._sums)
-        means = (torch.stack([self._sums[name] for name in names]) / self._summed).tolist() if names else []
-        self._sums, self._summed = {}, 0
-        return dict(zip(names, means, strict=True))
+        finite, *sums = torch.stack([self._finite, *(self._sums[name] for name in names)]).tolist()
+        self.skipped += self._summed - round(finite)
+        if self._summed and not finite:
+            raise self._first_failure()
+        self._sums, self._summed, self._finite = {}, 0, torch.zeros_like(self._finite)
+        return dict(zip(names, (value / finite for value in sums), strict=True))
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError if a step so far was not finite."""
+        """Raise NonFiniteError if a step so far was not finite, unless such steps are skipped."""
+        if self.optim.nonfinite == "stop" and self._failure[0]:
+            raise self._first_failure()
+
+    def _first_failure(self) -> NonFiniteError:
         step, loss, *norms = self._failure.tolist()
-        if step:
-            named = zip(self._parameters, norms, strict=True)
-            first = next((name for name, norm in named if not math.isfinite(norm)), None)
-            raise NonFiniteError(int(step), loss, first)
+        named = zip(self._parameters, norms, strict=True)
+        first = next((name for name, norm in named if not math.isfinite(norm)), None)
+        return NonFiniteError(int(step), loss, first)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and containers."""
@@ -117,6 +136,8 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self._device) if cuda else None,
             "sums": self._sums,
             "summed": self._summed,
+            "finite": self._finite,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,18 +152,32 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self._device)
         self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
         self._summed = state["summed"]
+        self._finite = state["finite"].to(self._device)
+        self.skipped = state["skipped"]
         self.steps_done = state["steps_done"]
         self.images = state["images"]
+
+    def part_ways(self) -> None:
+        """Give the processes other than the first random numbers of their own, for dropout.
+
+        A function of seed, rank and step: called where a checkpoint is written or read, it makes a resumed run of as
+        many processes go on as the undisturbed one does.
+        """
+        if not self._processes.first:
+            key = f"{self._seed} {self._processes.rank} {self.steps_done}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little"))
 
     def _accumulate_gradients(self, x0: Tensor) -> dict[str, Tensor]:
         parts = x0.chunk(self.optim.accumulate)
         totals: dict[str, Tensor] = {}
-        for part in parts:
-            result = self.objective(part)
-            (result.loss / len(parts)).backward()
+        for number, part in enumerate(parts, 1):
+            with self._processes.apart(self._replicated, number < len(parts)):
+                result = self._replicated(part)
+                (result.loss / len(parts)).backward()
             for name, value in result.stats.items():
                 totals[name] = totals.get(name, 0) + value / len(parts)
-        return totals
+        summed = self._processes.sum(torch.stack(list(totals.values())))
+        return dict(zip(totals, summed, strict=True))
 
     def _remember_failure(self, finite: Tensor, loss: Tensor, norms: Tensor) -> None:
         """Keep (step, loss, norm of each gradient) of the first step that is not finite, without a sync."""
@@ -151,7 +186,9 @@ class Trainer:
         first = ~finite & (self._failure[0] == 0)
         self._failure = torch.where(first, record, self._failure)
 
-    def _add(self, statistics: dict[str, Tensor]) -> None:
+    def _add(self, statistics: dict[str, Tensor], finite: Tensor) -> None:
         self._summed += 1
+        self._finite = self._finite + finite
         for name, value in statistics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            kept = torch.where(finite, value, 0.0)
+            self._sums[name] = self._sums[name] + kept if name in self._sums else kept
