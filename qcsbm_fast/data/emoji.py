@@ -41,8 +41,8 @@ def emoji(root: str | None) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path}: a font without colour bitmaps\n{_NEEDED}")
     names = sorted(bitmaps)
     images = torch.stack([_decode(bitmaps[name].imageData) for name in names])
-    family = families([_base(name, _ligatures(font)) for name in names], images)
-    return _split(images, family)
+    ligatures = _ligatures(font)
+    return _split(images, families([_base(name, ligatures) for name in names], images))
 
 
 def families(bases: list[str], images: Tensor) -> Tensor:
