@@ -53,7 +53,7 @@ _SAMPLER = f"x:T score:T a:A b:A c:A state:i64 after:T mean:T {_ROWS}"
 _PERTURB = f"x0:T mean:A std:A state:i64 x:T noise:T {_ROWS}"
 TRITON = [
     TritonKernel("philox_normal", "philox", "fill_normal", "out:T state:i64 n", {}, 1),
-    TritonKernel("philox_uniform", "philox", "fill_uniform", "out:T state:i64 n", {"BITS": 8}, 1),
+    TritonKernel("philox_uniform", "philox", "fill_uniform", "out:T state:i64 n scale:f32", {"BITS": 8}, 1),
     TritonKernel("rademacher", "philox", "fill_sign", "out:T state:i64 n", {}, 1),
     TritonKernel("perturb", "perturb", "kernel", _PERTURB, {"STORE": True}, 3),
     TritonKernel("perturb, dropped", "perturb", "kernel", _PERTURB, {"STORE": False}, 2),
@@ -93,8 +93,7 @@ COEFFICIENTS = TritonKernel(
 
 def configs(kernel: TritonKernel) -> list[tuple[int, int]]:
     """(BLOCK, warps) of the tiles that the launcher may choose."""
-    from qcsbm_fast.kernels import tiles
-
+    tiles = import_module("qcsbm_fast.kernels.tiles")
     if kernel.block is not None:
         return [(kernel.block, tiles.SUM_WARPS)]
     return [(c.kwargs["BLOCK"], c.num_warps) for c in tiles.CONFIGS]
@@ -131,7 +130,9 @@ def compile_triton(
     if "cols" in signature:
         constants["WIDTH"] = width
     names = function.arg_names
-    multiples = [n for n, t in signature.items() if t.startswith("*") or (aligned and n in ("cols", "span", "n"))]
+    multiples = [
+        n for n, t in signature.items() if t.startswith("*") or (aligned and n in ("cols", "span", "n"))
+    ]
     source = ASTSource(
         function,
         signature={n: "constexpr" if n in constants else signature[n] for n in names},
@@ -149,7 +150,9 @@ def triton_resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
@@ -184,25 +187,37 @@ def find_nvcc() -> Path | None:
     return None
 
 
-def cuda_resources(source: Path, arch: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """(kernel, registers, spills, stack, shared bytes, widest access) of every kernel of a CUDA source."""
+def cuda_ptx(source: Path, arch: int) -> str:
+    """PTX of a CUDA source, compiled as setup.py does."""
     nvcc = find_nvcc()
-    if nvcc is None:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++20", "-O3", "-Xptxas=-v", "--keep", source]
-        command += ["--keep-dir", folder, "-o", f"{folder}/kernel.cubin"]
+    assert nvcc is not None, "nvcc is neither in CUDA_HOME nor /usr/local/cuda"
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        command = [nvcc, "-ptx", f"-arch=compute_{arch}", "-std=c++20", "-O3", source, "-o", file.name]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        return Path(file.name).read_text()
+
+
+def cuda_resources(ptx: str, arch: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """(kernel, registers, stack, spilled and shared bytes, widest access) of every kernel in the PTX."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [nvcc.with_name("ptxas"), "-v", f"-arch=sm_{arch}", file.name, "-o", os.devnull]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        ptx = next(Path(folder).glob("*.ptx")).read_text()
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-        r"loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+        r"loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"
     )
     for name, stack, stores, loads, registers, shared in re.findall(pattern, text, re.DOTALL):
         body = ptx[ptx.index(f".entry {name}(") :]
         body = body[: body.index("\n}")]
         numbers = {"reg": registers, "stack": stack, "spill": int(stores) + int(loads), "shared": shared or 0}
-        yield name, {**{k: int(v) for k, v in numbers.items()}, "widest": max(global_accesses(body), default=0)}
+        yield (
+            name,
+            {**{k: int(v) for k, v in numbers.items()}, "widest": max(global_accesses(body), default=0)},
+        )
 
 
 def print_triton(architectures: list[int]) -> None:
@@ -228,10 +243,12 @@ def print_triton(architectures: list[int]) -> None:
 
 
 def print_cuda(architectures: list[int]) -> None:
-    print(f"\n{'CUDA kernel':<76}{'sm':>4}{'regs':>6}{'stack':>7}{'spill':>6}{'shared':>8}{'occup.':>8}{'widest':>8}")
+    print(
+        f"\n{'CUDA kernel':<76}{'sm':>4}{'regs':>6}{'stack':>7}{'spill':>6}{'shared':>8}{'occup.':>8}{'widest':>8}"
+    )
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         for arch in architectures:
-            for name, used in cuda_resources(source, arch):
+            for name, used in cuda_resources(cuda_ptx(source, arch), arch):
                 share = occupancy(arch, used["reg"], 256, used["shared"])
                 short = name if len(name) <= 74 else name[:71] + "..."
                 print(

@@ -23,7 +23,7 @@ def kernel(
     row, first, column, mask, piece = tile(rows, cols, span, WIDTH, BLOCK)
     s, w = per_row(std, row, rows), per_row(weight, row, rows)
     value = tl.load(score + first + column, mask=mask).to(s.dtype)
-    if z is None:
+    if z is None:  # noqa: SIM108 (only the branch taken is compiled)
         noise = normals(state, first, column.shape[1])
     else:
         noise = tl.load(z + first + column, mask=mask).to(s.dtype)
@@ -44,7 +44,16 @@ def denoising_residual(
     tiles = Tiles(score)
     parts = score.new_empty((tiles.pieces(), tiles.rows), dtype=dtype)
     kernel[tiles.grid({"BLOCK": SUM_BLOCK})](
-        score, std, weight, z, state, parts, gradient, *tiles.arguments, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS
+        score,
+        std,
+        weight,
+        z,
+        state,
+        parts,
+        gradient,
+        *tiles.arguments,
+        BLOCK=SUM_BLOCK,
+        num_warps=SUM_WARPS,  # pyright: ignore[reportCallIssue]
     )
     loss = parts[0] if len(parts) == 1 else parts.sum(0, dtype=torch.float64).to(dtype)
     return loss, gradient

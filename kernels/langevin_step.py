@@ -65,7 +65,21 @@ def langevin_step(
     parts = x.new_empty((2, tiles.pieces(), tiles.rows), dtype=dtype)
     steps = x.new_empty((3, tiles.rows), dtype=dtype)
     squares[tiles.grid({"BLOCK": SUM_BLOCK})](
-        score, state, parts, *tiles.arguments, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS
+        score,
+        state,
+        parts,
+        *tiles.arguments,
+        BLOCK=SUM_BLOCK,
+        num_warps=SUM_WARPS,  # pyright: ignore[reportCallIssue]
     )
-    coefficients[(1,)](parts, alpha, steps, snr, tiles.rows, tiles.pieces(), CHUNK=CHUNK, num_warps=SUM_WARPS)
-    return sde_step(x, score, *steps, state)
+    coefficients[(1,)](
+        parts,
+        alpha,
+        steps,
+        snr,
+        tiles.rows,
+        tiles.pieces(),
+        CHUNK=CHUNK,
+        num_warps=SUM_WARPS,  # pyright: ignore[reportCallIssue]
+    )
+    return sde_step(x, score, steps[0], steps[1], steps[2], state)

@@ -14,7 +14,18 @@ from .tiles import Tiles, per_row, require_contiguous, tile, tuned
 @tuned("WIDTH")
 @triton.jit
 def kernel(
-    x0, mean, std, state, x, noise, rows, cols, span, WIDTH: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr
+    x0,
+    mean,
+    std,
+    state,
+    x,
+    noise,
+    rows,
+    cols,
+    span,
+    WIDTH: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row, first, column, mask, _ = tile(rows, cols, span, WIDTH, BLOCK)
     m, s = per_row(mean, row, rows), per_row(std, row, rows)
@@ -25,9 +36,7 @@ def kernel(
         tl.store(noise + first + column, z.to(noise.dtype.element_ty), mask=mask)
 
 
-def perturb(
-    x0: Tensor, mean: Tensor, std: Tensor, state: Tensor, store_noise: bool
-) -> tuple[Tensor, Tensor]:
+def perturb(x0: Tensor, mean: Tensor, std: Tensor, state: Tensor, store_noise: bool) -> tuple[Tensor, Tensor]:
     require_contiguous("perturb", x0=x0, mean=mean, std=std, state=state)
     x = torch.empty_like(x0)
     noise = torch.empty_like(x0) if store_noise else x0.new_empty(0)

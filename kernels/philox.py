@@ -103,12 +103,12 @@ def fill_normal(out, state, n, BLOCK: tl.constexpr):
 
 @tuned()
 @triton.jit
-def fill_uniform(out, state, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def fill_uniform(out, state, n, scale, BITS: tl.constexpr, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     column = tl.arange(0, BLOCK)[None, :]
     w0, w1, w2, w3 = words(state, first // 4 + tl.arange(0, BLOCK // 4)[None, :])
     w = interleave(w0, w1, w2, w3) >> (32 - BITS)
-    u = w.to(tl.int32).to(tl.float32) * (1.0 / (1 << BITS))
+    u = w.to(tl.int32).to(tl.float32) * scale
     tl.store(out + first + column, u.to(out.dtype.element_ty), mask=column < n - first)
 
 
@@ -143,7 +143,7 @@ def philox_uniform(state: Tensor, size: Sequence[int], dtype: torch.dtype) -> Te
     # As many bits as `dtype` (at most float32) resolves: rounding could give 1.
     bits = {torch.bfloat16: 8, torch.float16: 11}.get(dtype, 24)
     if n:
-        fill_uniform[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](out, state, n, bits)
+        fill_uniform[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](out, state, n, 2.0**-bits, bits)
     return out
 
 

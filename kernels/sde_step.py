@@ -13,9 +13,7 @@ from .tiles import Tiles, per_row, require_contiguous, tile, tuned
 
 @tuned("WIDTH")
 @triton.jit
-def kernel(
-    x, score, a, b, c, state, after, mean, rows, cols, span, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def kernel(x, score, a, b, c, state, after, mean, rows, cols, span, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, first, column, mask, _ = tile(rows, cols, span, WIDTH, BLOCK)
     a_ = per_row(a, row, rows)
     b_, c_ = per_row(b, row, rows), per_row(c, row, rows)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 ALIGN = tl.constexpr(8)
 # The longest piece of a row, and the tile of kernels that sum: there the order must not depend on a timing.
@@ -26,7 +27,7 @@ CONFIGS = [
 
 def tuned(*key: str) -> Any:
     """Decorates a kernel whose result does not depend on BLOCK: the fastest of CONFIGS is found once per `key`."""
-    return triton.autotune(CONFIGS[-1:] if triton.knobs.runtime.interpret else CONFIGS, key=list(key))
+    return triton.autotune(CONFIGS[-1:] if knobs.runtime.interpret else CONFIGS, key=list(key))
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpu_static
 from cases import TABLE, arguments, outputs
 from qcsbm_fast.ops.registry import OPS
 
@@ -21,22 +22,28 @@ ptxsim = pytest.importorskip("ptxsim")
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-import gpu_static
-from qcsbm_fast.kernels import denoising_residual, langevin_step, perturb, philox, sde_step, tiles
+tiles = import_module("qcsbm_fast.kernels.tiles")
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int64: "i64"}
 KERNELS = [
-    (philox, "fill_normal"),
-    (philox, "fill_uniform"),
-    (philox, "fill_sign"),
-    (perturb, "kernel"),
-    (sde_step, "kernel"),
-    (langevin_step, "squares"),
-    (langevin_step, "coefficients"),
-    (denoising_residual, "kernel"),
+    ("philox", "fill_normal"),
+    ("philox", "fill_uniform"),
+    ("philox", "fill_sign"),
+    ("perturb", "kernel"),
+    ("sde_step", "kernel"),
+    ("langevin_step", "squares"),
+    ("langevin_step", "coefficients"),
+    ("denoising_residual", "kernel"),
 ]
 # Rows of a few pieces that end within a tile, aligned and not; rows in a tile's company; one element.
-SIZES = {"pieces": (2, 8240), "odd-pieces": (2, 4133), "image": (3, 6, 8), "odd": (5, 37), "points": (300, 2), "one": (1, 1)}
+SIZES = {
+    "pieces": (2, 8240),
+    "odd-pieces": (2, 4133),
+    "image": (3, 6, 8),
+    "odd": (5, 37),
+    "points": (300, 2),
+    "one": (1, 1),
+}
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -68,9 +75,10 @@ class Simulated:
                     if isinstance(value, float)
                     else "i32"
                 )
-                if not isinstance(value, float) and (
-                    value.data_ptr() if isinstance(value, Tensor) else value
-                ) % 16 == 0:
+                if (
+                    not isinstance(value, float)
+                    and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
+                ):
                     multiples.append(parameter.name)
             ptx, meta = ptxsim.triton_ptx(
                 self.function, signature, constants, cc=self.arch, num_warps=warps, divisible_by_16=multiples
@@ -92,7 +100,8 @@ def poisoned() -> Any:
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch, config: int = 0, arch: int = 90) -> None:
-    for module, name in KERNELS:
+    for file, name in KERNELS:
+        module = import_module(f"qcsbm_fast.kernels.{file}")
         monkeypatch.setattr(module, name, Simulated(getattr(module, name), config, arch))
 
 
@@ -115,13 +124,20 @@ CASES = [
     for name, op in OPS.items()
     if op.triton
     for variant in TABLE[name].variants
-    for size, dtype in (*((s, torch.float32) for s in SIZES), *((s, torch.bfloat16) for s in ("pieces", "odd")))
+    for size, dtype in (
+        *((s, torch.float32) for s in SIZES),
+        *((s, torch.bfloat16) for s in ("pieces", "odd")),
+    )
 ]
 
 
-@pytest.mark.parametrize(("name", "variant", "size", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("name", "variant", "size", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch.")
+)
 @pytest.mark.usefixtures("poisoned")
-def test_simulated(monkeypatch: pytest.MonkeyPatch, name: str, variant: str, size: str, dtype: torch.dtype) -> None:
+def test_simulated(
+    monkeypatch: pytest.MonkeyPatch, name: str, variant: str, size: str, dtype: torch.dtype
+) -> None:
     """No access out of bounds, no unwritten output, no race; the values are those of the CPU kernel."""
     simulate(monkeypatch)
     check(name, variant, SIZES[size], dtype)

@@ -2,6 +2,7 @@
 // K probes. Reads 2 and writes 1 value per element; nothing is kept but four sums.
 #include <cuda_runtime.h>
 
+#include "float16.h"
 #include "reduce.h"
 
 namespace qcsbm::cuda {
@@ -68,5 +69,6 @@ const char* asymmetry(const T* jv, const T* vjp, acc_t<T>* penalty, acc_t<T>* na
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(double)
 QCSBM_INSTANTIATE(bfloat16)
+QCSBM_INSTANTIATE(float16)
 
 }  // namespace qcsbm::cuda

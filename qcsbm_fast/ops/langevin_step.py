@@ -8,7 +8,8 @@ the score makes the whole batch NaN; an infinity makes its own element NaN and t
 
 Norms are summed in float64 over fixed pieces (on a GPU in float32 within a piece), so that the result does not
 depend on the number of threads; the rest is computed in float32 (float64 for float64), with the float32-valued
-`z` of `philox_normal`, drawn twice and never stored. Error below 2e-7 of the largest value (in float64 too), in bfloat16 its rounding.
+`z` of `philox_normal`, drawn twice and never stored. Error below 2e-7 of the largest value (in float64 too), in
+bfloat16 its rounding.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& jv, const Tenso
   Tensor penalty = new_vector(jv, batch), nasym = new_vector(jv, batch), surrogate = new_vector(jv, batch);
   Tensor seed = torch::stable::empty_like(jv);
   if (batch) {
-    for_type(jv.scalar_type(), "asymmetry", [&]<typename T>() {
+    for_cuda_type(jv.scalar_type(), "asymmetry", [&]<typename T>() {
       using A = acc_t<T>;
       check_launch(cuda::asymmetry<T>(in<T>(jv), in<T>(vjp), out<A>(penalty), out<A>(nasym), out<A>(surrogate), out<T>(seed),
                                       batch, dim, probes, current_stream(jv)),
