@@ -178,10 +178,11 @@ class _Run:
                     stop = processes.any(interrupt.received is not None, self.setup.device)
                 if last or step % config.log_every == 0:
                     self._log(bar)
-                if last or step % config.checkpoint.every == 0:
-                    self._save()
                 if last or (config.evaluation.every and step % config.evaluation.every == 0):
                     self._evaluate()
+                # after the evaluation: a run that goes on from here has its numbers
+                if last or step % config.checkpoint.every == 0:
+                    self._save()
             if stop:
                 self._save()
         return (interrupt.received.name if interrupt.received else "another process") if stop else None
