@@ -140,6 +140,14 @@ def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, pa
     return F.conv2d(x, weight, bias, stride, padding)
 
 
+def chunk(x: V, chunks: int) -> list[V]:
+    """Equal parts of the last dimension."""
+    if isinstance(x, Dual):
+        pairs = zip(x.primal.chunk(chunks, -1), x.tangents.chunk(chunks, -1))
+        return [Dual(primal, tangents) for primal, tangents in pairs]
+    return list(x.chunk(chunks, -1))
+
+
 def cat(values: Sequence[Value], dim: int = 0) -> Value:
     """Concatenation along a dimension other than the batch; a plain tensor among duals has zero tangents."""
     duals = [v for v in values if isinstance(v, Dual)]

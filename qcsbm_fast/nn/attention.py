@@ -56,12 +56,16 @@ class Attention(nn.Module):
         def to_image(tokens: Tensor) -> Tensor:
             return tokens.mT.unflatten(-1, (height, width))
 
-        def project(layer: nn.Linear, tokens: Any) -> Any:
-            return dual.linear(tokens, layer.weight, layer.bias)
-
         h: Any = self.norm(x)
         h = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
-        query = project(self.query, h) * (1 / math.sqrt(x.shape[1]))
-        h = project(self.out, attend(query, project(self.key, h), project(self.value, h)))
+        h = dual.linear(attend(*self._project(h)), self.out.weight, self.out.bias)
         h = h.map(to_image) if isinstance(h, Dual) else to_image(h)
         return add(x, h, self.scale)  # pyright: ignore[reportArgumentType]
+
+    def _project(self, tokens: V) -> tuple[V, V, V]:
+        """Query, key and value by one product; the query with the factor `1 / sqrt C` of the scores."""
+        factor = 1 / math.sqrt(self.query.in_features)
+        weight = torch.cat([self.query.weight * factor, self.key.weight, self.value.weight])
+        bias = torch.cat([self.query.bias * factor, self.key.bias, self.value.bias])
+        query, key, value = dual.chunk(dual.linear(tokens, weight, bias), 3)
+        return query, key, value
