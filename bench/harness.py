@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a benchmark: seconds as median and quartiles, the ratio to the first row, the share of the floor."""
+    """One line of a benchmark: seconds as median and quartiles, the ratio to the first row, the share of the floor, and
+    the peak of the bytes that one run holds."""
 
     name: str
     median: float
@@ -29,6 +32,7 @@ class Row:
     speedup: float
     floor: float | None = None
     share: float | None = None
+    memory: int | None = None
 
 
 def _synchronize() -> None:
@@ -71,6 +75,32 @@ def interleaved(
     return rows
 
 
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes by which the process grows, at most, during one run; 0 where the system does not tell."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return 0
+
+    def kilobytes(field: str) -> int:
+        return next(
+            int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)
+        )
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+    clear.write_text("5")  # the peak starts anew
+    before = kilobytes("VmRSS:")
+    run()
+    return 1024 * (kilobytes("VmHWM:") - before)
+
+
+def with_memory(rows: Sequence[Row], functions: Mapping[str, Callable[[], object]]) -> list[Row]:
+    """The rows with the peak memory of their functions."""
+    return [replace(row, memory=peak_memory(functions[row.name])) for row in rows]
+
+
 def copy_rate(numel: int = 2**24) -> float:
     """Bytes per second that a copy of a large float32 tensor reads and writes."""
     source = torch.randn(numel)
@@ -96,11 +126,14 @@ def report(title: str, rows: list[Row], **facts: object) -> None:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     print(f"\n{title}   ({', '.join(f'{k} {v}' for k, v in {**machine, **facts}.items())})")
-    print(f"{'':<34}{'median ms':>11}{'quartiles ms':>20}{'speed-up':>10}{'of floor':>10}")
+    print(f"{'':<34}{'median ms':>11}{'quartiles ms':>20}{'speed-up':>10}{'of floor':>10}{'memory MB':>11}")
     for row in rows:
         spread = f"{row.low * 1e3:.3f} .. {row.high * 1e3:.3f}"
         share = f"{100 * row.share:.0f} %" if row.share else ""
-        print(f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>20}{row.speedup:>10.2f}{share:>10}")
+        memory = f"{row.memory / 1e6:.0f}" if row.memory else ""
+        print(
+            f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>20}{row.speedup:>10.2f}{share:>10}{memory:>11}"
+        )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{title.split(':')[0].replace(' ', '_')}.json"
     result = {"machine": machine, **facts, "rows": [asdict(r) for r in rows]}

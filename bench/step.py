@@ -7,6 +7,9 @@ A step is the loss and its gradients, without the optimiser. Run it alone on the
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from baseline_ncsnpp import PlainNCSNpp, denoising_step, nested_step
-from harness import interleaved, report
+from harness import interleaved, report, with_memory
 from qcsbm_fast import DenoisingObjective, NoiseStream, Score
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.sde import VE
@@ -28,37 +31,41 @@ def convolution_rate(channels: int, batch: int, dtype: torch.dtype) -> float:
     return 2 * 9 * x.numel() * channels / seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (
-        ("nf", 32),
-        ("blocks", 1),
-        ("batch", 16),
-        ("probes", 1),
-        ("repeats", 5),
-        ("threads", 2),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
+@dataclass(frozen=True)
+class Setting:
+    """Width, residual blocks a level, batch size and probes."""
+
+    nf: int = 32
+    blocks: int = 1
+    batch: int = 16
+    probes: int = 1
+
+
+class Variants(NamedTuple):
+    """What is timed, the FLOPs of one forward, and how many forwards' FLOPs each row of the package costs."""
+
+    functions: dict[str, Callable[[], None]]
+    forward: int
+    units: dict[str, float]
+
+
+def variants(setting: Setting, compiled: bool = False) -> Variants:
     torch.manual_seed(0)
-    net = NCSNpp(NCSNppConfig(nf=a.nf, num_res_blocks=a.blocks, dropout=0.0, init_scale=1.0))
+    net = NCSNpp(NCSNppConfig(nf=setting.nf, num_res_blocks=setting.blocks, dropout=0.0, init_scale=1.0))
     plain = PlainNCSNpp(net)
     score = Score(net, VE(0.01, 50.0))
-    x0, sigma = torch.rand(a.batch, 3, 32, 32), torch.logspace(-2, 1, a.batch)
+    x0, sigma = torch.rand(setting.batch, 3, 32, 32), torch.logspace(-2, 1, setting.batch)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x0, sigma)
-    forward = counter.get_total_flops()
 
     def objective(factor: float, fraction: float = 1.0) -> DenoisingObjective:
-        density = "uniform" if fraction == 1 else "inverse-sigma"
         return DenoisingObjective(
             score,
             stream=NoiseStream(0),
             balancing_factor=factor,
-            probes=a.probes,
+            probes=setting.probes,
             fraction=fraction,
-            time_density=density,
+            time_density="uniform" if fraction == 1 else "inverse-sigma",
         )
 
     def ours(loss: DenoisingObjective, bfloat16: bool) -> None:
@@ -69,13 +76,13 @@ def main() -> None:
 
     def baseline(merged: bool) -> None:
         plain.zero_grad(set_to_none=True)
-        nested_step(plain, x0, sigma, 1e-4, a.probes, merged=merged)
+        nested_step(plain, x0, sigma, 1e-4, setting.probes, merged=merged)
 
     def plain_denoising() -> None:
         plain.zero_grad(set_to_none=True)
         denoising_step(plain, x0, sigma)
 
-    def sample(module: nn.Module, bfloat16: bool) -> None:
+    def sample(module: Callable[..., object], bfloat16: bool) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             module(x0, sigma)
 
@@ -85,24 +92,50 @@ def main() -> None:
         "plain denoising": plain_denoising,
         "plain forward": lambda: sample(plain, False),
     }
-    floors: dict[str, float] = {}
+    units: dict[str, float] = {}
     losses = {
-        "quasi-conservative": (objective(1e-4), 3 + 4 * a.probes),
-        "quasi-conservative, quarter": (objective(1e-4, 0.25), 3 + a.probes),
+        "quasi-conservative": (objective(1e-4), 3 + 4 * setting.probes),
+        "quasi-conservative, quarter": (objective(1e-4, 0.25), 3 + setting.probes),
         "denoising": (objective(0.0), 3),
     }
-    for dtype, bf in ((torch.float32, False), (torch.bfloat16, True)):
-        rate, tail = convolution_rate(2 * a.nf, a.batch, dtype), " bf16" if bf else ""
-        for name, (loss, units) in losses.items():
+    for bf, tail in ((False, ""), (True, " bf16")):
+        for name, (loss, count) in losses.items():
             functions[name + tail] = lambda loss=loss, bf=bf: ours(loss, bf)
-            floors[name + tail] = units * forward / rate
+            units[name + tail] = count
         functions["forward" + tail] = lambda bf=bf: sample(net, bf)
-        floors["forward" + tail] = forward / rate
+        units["forward" + tail] = 1
+        if compiled:
+            module = torch.compile(net, fullgraph=True)
+            functions["forward compiled" + tail] = lambda module=module, bf=bf: sample(module, bf)
+            units["forward compiled" + tail] = 1
+    return Variants(functions, counter.get_total_flops(), units)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for field in fields(Setting):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="also time the forward under torch.compile")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    setting = Setting(a.nf, a.blocks, a.batch, a.probes)
+    functions, forward, units = variants(setting, a.compile)
+    rates = {
+        tail: convolution_rate(2 * a.nf, a.batch, dtype)
+        for tail, dtype in (("", torch.float32), (" bf16", torch.bfloat16))
+    }
+    floors = {
+        name: count * forward / rates[" bf16" if name.endswith(" bf16") else ""]
+        for name, count in units.items()
+    }
     rows = interleaved(functions, repeats=a.repeats, warmup=1, floors=floors)
     report(
         f"step nf {a.nf} blocks {a.blocks} batch {a.batch} K {a.probes}: NCSN++ at 32 x 32",
-        rows,
+        with_memory(rows, functions),
         forward_gflop=round(forward / 1e9, 2),
+        convolution_gflops=[round(rate / 1e9) for rate in rates.values()],
     )
 
 

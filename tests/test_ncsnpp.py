@@ -356,3 +356,22 @@ def test_the_vjp_does_not_pass_through_the_tangents(options):
     assert counts[0]["aten::convolution_backward"] > 10
     for name in work:
         assert counts[1][name] == counts[0][name], name
+
+
+def test_compiles_without_graph_breaks():
+    """`torch.compile(fullgraph=True)` of the network: value and parameter gradients as without it."""
+    torch.manual_seed(0)
+    config = NCSNppConfig(
+        image_size=8, nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), init_scale=1.0
+    )
+    net = NCSNpp(config).eval()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x, sigma = torch.rand(2, 3, 8, 8), torch.tensor([0.1, 2.0])
+    results = []
+    for function in (net, compiled):
+        net.zero_grad()
+        value = function(x, sigma)
+        value.square().sum().backward()
+        results.append([value.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
