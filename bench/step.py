@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
