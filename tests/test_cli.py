@@ -57,7 +57,7 @@ def settings(arguments: str) -> Config:
             ["--kind", "--steps INT", "(default: digits)", "--resume RUN", "--penalty.fraction"],
         ),
         ("train --preset spirals --help", ["(default: 2000)", "(default: 0.00075)", "(default: spirals)"]),
-        ("sample --help", ["RUN", "--sampler {pc,ode}", "--count INT", "(default: the newest)"]),
+        ("sample --help", ["RUN", "--sampler {pc,ode,heun}", "--count INT", "(default: the newest)"]),
         ("info --help", ["how the package was built"]),
     ],
 )

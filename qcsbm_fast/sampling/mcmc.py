@@ -32,10 +32,10 @@ def unadjusted_langevin(
 
 
 class MetropolisResult(NamedTuple):
-    """The states `(B, *)`, and the fraction of proposals that were accepted."""
+    """The states `(B, *)`, and the share of each chain's proposals that was accepted, `(B,)`."""
 
     x: Tensor
-    accepted: float
+    accepted: Tensor
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def metropolis_langevin(
     that belongs to a conservative score is then left as it is, whatever the sizes; another field has no
     density, and the chain is only the paper's comparison (arXiv 2209.12753, section 3.1).
     """
-    here, taken = field(x), []
+    here, taken = field(x), x.new_zeros(len(x))
     for size in step_sizes:
         proposal, mean = noisy_step(x, here, 1.0, 0.5 * size, math.sqrt(size), stream)
         there = field(proposal)
@@ -57,8 +57,8 @@ def metropolis_langevin(
         accepted = stream.uniform((len(x),)).log().to(x) < log_ratio
         keep = accepted.view(-1, *(1,) * (x.dim() - 1))
         x, here = torch.where(keep, proposal, x), torch.where(keep, there, here)
-        taken.append(accepted.double().mean())
-    return MetropolisResult(x, torch.stack(taken).mean().item() if taken else math.nan)
+        taken += accepted
+    return MetropolisResult(x, taken / len(step_sizes))
 
 
 def _half_square(forward: Tensor, backward: Tensor) -> Tensor:

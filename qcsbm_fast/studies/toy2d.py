@@ -24,6 +24,7 @@ from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.ode import probability_flow
 from qcsbm_fast.score import Score
 from qcsbm_fast.studies import toy2d_plots
+from qcsbm_fast.studies.table import markdown, mean_and_spread
 from qcsbm_fast.train import build, checkpoint, run
 from qcsbm_fast.train.config import Config, Kind
 from qcsbm_fast.train.errors import RunError
@@ -143,15 +144,8 @@ def load(folder: RunFolder) -> tuple[Score, build.Setup]:
 
 def format_table(rows: Sequence[dict[str, Any]], factor: float) -> str:
     """Markdown: one line per density and kind, mean over seeds and, with several, half the range as the spread."""
-    lines = [f"| density | kind | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
-    for density, kind in dict.fromkeys((row["density"], row["kind"]) for row in rows):
-        group = [
-            r for r in rows if (r["density"], r["kind"]) == (density, kind) and r["factor"] in (0.0, factor)
-        ]
-        cells = []
-        for column in COLUMNS:
-            values = torch.tensor([r[column] for r in group], dtype=torch.float64)
-            spread = (values.max() - values.min()) / 2
-            cells.append(f"{values.mean():.4g}" + (f" ± {spread:.1g}" if len(group) > 1 else ""))
-        lines.append(f"| {density} | {kind} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for key in dict.fromkeys((row["density"], row["kind"]) for row in rows):
+        group = [r for r in rows if (r["density"], r["kind"]) == key and r["factor"] in (0.0, factor)]
+        lines.append([*key, *(mean_and_spread([r[column] for r in group]) for column in COLUMNS)])
+    return markdown(["density", "kind", *COLUMNS.values()], lines)
