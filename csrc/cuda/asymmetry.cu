@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(256) asymmetry_kernel(const T* __restrict__ jv
   for (int k = 0; k < probes; ++k) {
     const int64_t at = (k * batch + sample) * dim;
     for (int64_t i = static_cast<int64_t>(threadIdx.x) * N; i < dim; i += static_cast<int64_t>(blockDim.x) * N) {
-      const Packed a = *reinterpret_cast<const Packed*>(jv + at + i);
-      const Packed b = *reinterpret_cast<const Packed*>(vjp + at + i);
+      const Packed a = read<N>(jv + at + i);
+      const Packed b = read<N>(vjp + at + i);
       Packed s;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(256) asymmetry_kernel(const T* __restrict__ jv
         sums[2] += r * forward;
         s.v[n] = store<T>(scale * r);
       }
-      *reinterpret_cast<Packed*>(seed + at + i) = s;
+      write<N>(seed + at + i, s);
     }
   }
   block_sum(sums);

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   A total[N] = {};
   tile.for_pixels([&](int64_t pixel) {
-    const Packed u = *reinterpret_cast<const Packed*>(x + tile.at(pixel));
+    const Packed u = read<N>(x + tile.at(pixel));
 #pragma unroll
     for (int n = 0; n < N; ++n) total[n] += load(u.v[n]);
   });
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int k = 0; k == 0 || k < im.probes; ++k) {
     A squares[N] = {}, t_sum[N] = {}, product[N] = {};
     tile.for_pixels([&](int64_t pixel) {
-      const Packed u = *reinterpret_cast<const Packed*>(x + tile.at(pixel));
+      const Packed u = read<N>(x + tile.at(pixel));
       if (k == 0) {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       if (im.probes) {
-        const Packed t = *reinterpret_cast<const Packed*>(tangents + tile.at(pixel, k));
+        const Packed t = read<N>(tangents + tile.at(pixel, k));
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           t_sum[n] += load(t.v[n]);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     beta_n[n] = beta[tile.first + tile.pack * N + n];
   }
   tile.for_pixels([&](int64_t pixel) {
-    const Packed u = *reinterpret_cast<const Packed*>(x + tile.at(pixel));
+    const Packed u = read<N>(x + tile.at(pixel));
     Packed out;
     A normal[N], slope[N];
 #pragma unroll
@@ -90,15 +90,15 @@ __global__ void __launch_bounds__(kThreads, 2)
       out.v[n] = store<T>(f.value);
       slope[n] = f.slope * gamma_n[n] * r[n];
     }
-    *reinterpret_cast<Packed*>(y + tile.at(pixel)) = out;
+    write<N>(y + tile.at(pixel), out);
     for (int k = 0; k < im.probes; ++k) {
-      const Packed t = *reinterpret_cast<const Packed*>(tangents + tile.at(pixel, k));
+      const Packed t = read<N>(tangents + tile.at(pixel, k));
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const A* s = tangent_statistics + tile.at_group(tile.group(n), k);
         out.v[n] = store<T>(slope[n] * (load(t.v[n]) - s[0] - normal[n] * s[1]));
       }
-      *reinterpret_cast<Packed*>(ydot + tile.at(pixel, k)) = out;
+      write<N>(ydot + tile.at(pixel, k), out);
     }
   });
 }

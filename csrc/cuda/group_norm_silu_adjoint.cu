@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 2)
   for (int k = 0; k == 0 || k < im.probes; ++k) {
     A w_sum[N] = {}, nw_sum[N] = {};  // of w_k / gamma and n w_k / gamma
     tile.for_pixels([&](int64_t pixel) {
-      const Packed u = *reinterpret_cast<const Packed*>(x + tile.at(pixel));
+      const Packed u = read<N>(x + tile.at(pixel));
       Packed value, dot, t;
-      if (k == 0 && g) value = *reinterpret_cast<const Packed*>(g + tile.at(pixel));
+      if (k == 0 && g) value = read<N>(g + tile.at(pixel));
       if (im.probes) {
-        dot = *reinterpret_cast<const Packed*>(gdot + tile.at(pixel, k));
-        t = *reinterpret_cast<const Packed*>(tangents + tile.at(pixel, k));
+        dot = read<N>(gdot + tile.at(pixel, k));
+        t = read<N>(tangents + tile.at(pixel, k));
       }
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 2)
 
   A gx_sum[N] = {};
   tile.for_pixels([&](int64_t pixel) {
-    const Packed u = *reinterpret_cast<const Packed*>(x + tile.at(pixel));
+    const Packed u = read<N>(x + tile.at(pixel));
     Packed value, out;
-    if (g) value = *reinterpret_cast<const Packed*>(g + tile.at(pixel));
+    if (g) value = read<N>(g + tile.at(pixel));
     A normal[N], slope[N], bend[N], h[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 2)
       h[n] = g ? slope[n] * load(value.v[n]) : A(0);
     }
     for (int k = 0; k < im.probes; ++k) {
-      const Packed dot = *reinterpret_cast<const Packed*>(gdot + tile.at(pixel, k));
-      const Packed t = *reinterpret_cast<const Packed*>(tangents + tile.at(pixel, k));
+      const Packed dot = read<N>(gdot + tile.at(pixel, k));
+      const Packed t = read<N>(tangents + tile.at(pixel, k));
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const int64_t at = tile.at_group(tile.group(n), k);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 2)
         h[n] += bend[n] * (tn - s[0] - normal[n] * s[1]) * d - r[n] * (s[1] * w + m[1] * tn);
         out.v[n] = store<T>(r[n] * (w - m[0] - normal[n] * m[1]));
       }
-      *reinterpret_cast<Packed*>(gt + tile.at(pixel, k)) = out;
+      write<N>(gt + tile.at(pixel, k), out);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 1 : 2)
       gx_sum[n] += v;
       out.v[n] = store<T>(v);
     }
-    *reinterpret_cast<Packed*>(gx + tile.at(pixel)) = out;
+    write<N>(gx + tile.at(pixel), out);
   });
   if (gbias) {
     tile.add_up(gx_sum);

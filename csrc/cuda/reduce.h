@@ -11,6 +11,20 @@ struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 
+// Left to itself the compiler stores some packs of small types value by value.
+template <int N, typename T>
+__device__ Pack<T, N> read(const T* from) {
+  if constexpr (sizeof(T) * N == 16) return bits_as<Pack<T, N>>(*reinterpret_cast<const uint4*>(from));
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <int N, typename T>
+__device__ void write(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof(T) * N == 16)
+    *reinterpret_cast<uint4*>(to) = bits_as<uint4>(pack);
+  else
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
 // Sums of N values over a block of whole warps, in thread 0.
 template <int N, typename A>
 __device__ void block_sum(A (&values)[N]) {
