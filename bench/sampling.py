@@ -1,0 +1,104 @@
+"""Predictor-corrector sampling and the evaluation of asymmetry, NCSN++ at 32 x 32, against plain eager PyTorch.
+
+The baseline runs the network of `baseline_ncsnpp.py` in the same sampler (reverse diffusion, one Langevin step of SNR
+0.16), written with eager operations, and estimates `tr J J^T - tr J J` from two VJPs as the paper does. "network alone"
+makes the sampler's network calls and nothing else. Run it alone on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from baseline_ncsnpp import PlainNCSNpp
+from harness import interleaved, report
+from qcsbm_fast import NoiseStream, Score, asymmetry
+from qcsbm_fast.nn import NCSNpp, NCSNppConfig
+from qcsbm_fast.sampling.pc import predictor_corrector
+from qcsbm_fast.sde import VE
+
+LOW, HIGH, SNR = 0.01, 50.0, 0.16
+
+
+@torch.no_grad()
+def plain_sampler(score: Callable[[Tensor, Tensor], Tensor], size: tuple[int, ...], steps: int) -> Tensor:
+    """Song et al. 2021, algorithm 1, for the variance exploding process."""
+    x = mean = HIGH * torch.randn(size)
+    sigmas = torch.logspace(math.log10(HIGH), math.log10(LOW), steps)
+    for step, sigma in enumerate(sigmas):
+        level = sigma.expand(size[0])
+        s, z = score(x, level), torch.randn(size)
+        norms = [value.flatten(1).norm(dim=1).mean() for value in (z, s)]
+        length = 2 * (SNR * norms[0] / norms[1]) ** 2
+        x = x + length * s + torch.sqrt(2 * length) * z
+        growth = torch.sqrt(sigma**2 - (sigmas[step + 1] if step + 1 < steps else torch.zeros(())) ** 2)
+        mean = x + growth**2 * score(x, level)
+        x = mean + growth * torch.randn(size)
+    return mean
+
+
+def plain_asymmetry(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`||J^T v||^2 - <J^T J^T v, v>`, `(B,)`."""
+    x = x.detach().requires_grad_()
+    v = torch.randint(0, 2, x.shape).to(x.dtype) * 2 - 1
+    value = score(x)
+    (once,) = torch.autograd.grad(value, x, v, retain_graph=True)
+    (twice,) = torch.autograd.grad(value, x, once)
+    return (once.square() - twice * v).flatten(1).sum(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("nf", 32), ("batch", 16), ("steps", 4), ("repeats", 7), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    net = NCSNpp(NCSNppConfig(nf=a.nf, num_res_blocks=1, dropout=0.0, init_scale=1.0)).eval()
+    plain, sde = PlainNCSNpp(net).eval(), VE(LOW, HIGH)
+    size = (a.batch, 3, 32, 32)
+
+    def plain_score(x: Tensor, sigma: Tensor) -> Tensor:
+        return plain(x, sigma) / sigma[:, None, None, None]
+
+    def sample(score: Score) -> None:
+        predictor_corrector(score, size, steps=a.steps, stream=NoiseStream(0), snr=SNR)
+
+    x, t = torch.rand(size), torch.full((a.batch,), 0.5)
+
+    def network_alone(score: Score) -> None:
+        with torch.no_grad():
+            for _ in range(2 * a.steps):
+                score(x, t)
+
+    def evaluate(score: Score) -> None:
+        with torch.no_grad():
+            asymmetry(lambda y: score(y, t), x, generator=NoiseStream(0))
+
+    models = {
+        "": Score(net, sde),
+        " bf16": Score(net, sde, autocast=torch.bfloat16),
+    }
+    sampling: dict[str, Callable[[], object]] = {
+        "plain eager": lambda: plain_sampler(plain_score, size, a.steps)
+    }
+    evaluation: dict[str, Callable[[], object]] = {
+        "two VJPs": lambda: plain_asymmetry(lambda y: plain_score(y, sde.marginal(t)[1]), x)
+    }
+    for tail, score in models.items():
+        sampling["ours" + tail] = lambda score=score: sample(score)
+        sampling["network alone" + tail] = lambda score=score: network_alone(score)
+        evaluation["ours" + tail] = lambda score=score: evaluate(score)
+    title = f"nf {a.nf}, batch {a.batch}"
+    report(f"pc sampling: {title}, {a.steps} steps", interleaved(sampling, repeats=a.repeats, warmup=1))
+    report(f"asymmetry evaluation: {title}", interleaved(evaluation, repeats=a.repeats, warmup=1))
+
+
+if __name__ == "__main__":
+    main()
