@@ -153,9 +153,28 @@ def test_evaluate_and_compare(runs: Path, capsys: pytest.CaptureFixture[str]) ->
         assert imread(f"both/{picture}.png")[..., :3].std() > 0.01
 
 
+def test_reproduce_has_a_subcommand_per_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        "trajectories --errors 0 0.001 --seeds 0 --steps 3 --points 2",
+        "autoencoder --iterations 3",
+    ):
+        status, output, errors = call(capsys, "reproduce", *arguments.split(), "--fast", "--out", "study")
+        assert status == 0, errors
+        assert Path("study/table.md").read_text() in output
+        assert "Table, numbers and pictures in study" in output
+    for name in ("toy2d", "trajectories", "autoencoder", "images"):
+        _, output, _ = call(capsys, "reproduce", name, "--help")
+        assert "--fast" in output
+        assert f"qcsbm reproduce {name}" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("reproduce", "toy2d, trajectories, autoencoder, images"),
         ("sample points --shard 3/2", "--shard should be I/N with 0 <= I < N, such as 0/4, got 3/2"),
         ("sample points --shard two", "--shard should be I/N"),
         ("sample points --batch-size 0", "--batch-size should be 1 or more, got 0"),

@@ -19,7 +19,7 @@ from qcsbm_fast.nn import Autoencoder
 from qcsbm_fast.penalty import asymmetry
 from qcsbm_fast.studies.table import markdown, mean_and_spread
 
-COLUMNS = {"penalty": "penalty", "symmetry": "|r0.w1 - r1.w0|", "distance": "‖R - W‖"}
+COLUMNS = {"penalty": "penalty", "symmetry": "abs(r0.w1 - r1.w0)", "distance": "‖R - W‖"}
 _EVERY = 50
 
 

@@ -27,8 +27,9 @@ def asymmetry_by_sigma(path: Path, runs: Mapping[str, Mapping[str, Sequence[floa
         for number, (run, levels) in enumerate(runs.items()):
             colour = _COLOURS[number % len(_COLOURS)]
             mean, error = (torch.tensor(levels[key]) for key in (name, f"{name}_error"))
+            mean = mean.clamp(min=1e-16)  # a conservative score's may be 0
             axes.plot(levels["sigma"], mean, color=colour, marker="o", markersize=3.5, label=run)
-            low = torch.maximum(mean - error, 1e-3 * mean)  # above 0, for the logarithm
+            low = torch.maximum(mean - error, 1e-3 * mean)  # above 0 too
             axes.fill_between(levels["sigma"], low, mean + error, color=colour, alpha=0.2, linewidth=0)
         axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", title=label)
         axes.grid(True, color="0.9", linewidth=0.8)
