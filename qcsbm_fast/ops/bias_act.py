@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import fail, floating, like
+from .check import coefficients, fail, floating, like
 from .registry import Op, accumulate_dtype
 
 KINDS = ("swish", "elu", "leaky_relu")
@@ -145,14 +145,11 @@ def _checked(
     x = floating("bias_act", "x", x)
     if x.dim() < 1:
         fail("bias_act", "x", "at least one dimension", x)
-    dtype, vectors = accumulate_dtype(x.dtype), []
-    for name, vector in (("bias", bias), ("p", p)):
-        if vector is not None:
-            if vector.shape != x.shape[-1:] or vector.device != x.device:
-                fail("bias_act", name, f"({x.shape[-1]},) on {x.device}", vector)
-            vector = vector.to(dtype).contiguous()
-        vectors.append(vector)
-    return x, *vectors
+    bias, p = (
+        None if vector is None else coefficients("bias_act", name, vector, x.shape[-1:], x)
+        for name, vector in (("bias", bias), ("p", p))
+    )
+    return x, bias, p
 
 
 def bias_act(

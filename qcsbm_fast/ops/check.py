@@ -62,9 +62,25 @@ def per_sample(op: str, argument: str, value: Tensor | float, x: Tensor) -> Tens
     dtype = accumulate_dtype(x.dtype)
     if isinstance(value, (int, float)):
         return torch.full((x.shape[0],), float(value), dtype=dtype, device=x.device)
-    if not isinstance(value, Tensor) or value.shape != x.shape[:1] or value.device != x.device:
+    if not _is_real(value, x.shape[:1], x.device):
         fail(op, argument, f"one number per sample, ({x.shape[0]},) on {x.device}", value)
     return (value if value.dtype == dtype else value.to(dtype)).contiguous()
+
+
+def coefficients(op: str, argument: str, value: Tensor, shape: Sequence[int], x: Tensor) -> Tensor:
+    """`value`, contiguous, of this shape and on the device of `x`, in the accumulation dtype of `x`."""
+    if not _is_real(value, shape, x.device):
+        fail(op, argument, f"{tuple(shape)} on {x.device}", value)
+    return value.to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def _is_real(value: object, shape: Sequence[int], device: torch.device) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and not value.is_complex()
+        and value.shape == torch.Size(shape)
+        and value.device == device
+    )
 
 
 def noise_state(op: str, state: Tensor, device: torch.device | None = None) -> Tensor:

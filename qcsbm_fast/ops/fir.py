@@ -12,6 +12,7 @@ float64); deterministic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,9 +81,13 @@ def fir(
     """
     if any_layout("fir", "x", x).dim() < 4:
         fail("fir", "x", "images (*, C, H, W)", x)
-    if up < 1 or down < 1:
-        raise ValueError(f"fir: up, down expected factors of at least 1, got {up}, {down}")
+    if not (1 <= up < 1 << 31 and 1 <= down < 1 << 31):
+        raise ValueError(f"fir: up, down expected factors of at least 1 and below 2^31, got {up}, {down}")
+    if not all(-(1 << 31) < zeros < 1 << 31 for zeros in pad):
+        raise ValueError(f"fir: pad expected numbers between -2^31 and 2^31, got {pad}")
     rows, cols = ((n * up + sum(pad) - len(taps)) // down + 1 for n in x.shape[-2:])
+    if not all(math.isfinite(tap) for tap in taps):
+        raise ValueError(f"fir: taps expected finite numbers, got {taps}")
     if not taps or min(rows, cols) < 1:
         fail("fir", "x", f"images large enough for {len(taps)} taps and padding {pad}", x)
     return _op(to_channels_last(x), list(taps), up, down, pad[0], rows, cols)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import any_layout, describe, fail
+from .check import any_layout, coefficients, describe, fail
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
@@ -234,18 +234,13 @@ def _checked(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     if any_layout("group_norm_silu", "x", x).dim() != 4:
         fail("group_norm_silu", "x", "images (B, C, H, W)", x)
-    channels, dtype = x.shape[1], accumulate_dtype(x.dtype)
+    channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm_silu: groups expected a divisor of {channels} channels, got {groups}")
-    for name, value, shape in (
-        ("bias", bias, x.shape[:2]),
-        ("gamma", gamma, x.shape[1:2]),
-        ("beta", beta, x.shape[1:2]),
-    ):
-        if value is not None and (value.shape != shape or value.device != x.device):
-            fail("group_norm_silu", name, f"{tuple(shape)} on {x.device}", value)
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    return to_channels_last(x), bias, gamma.to(dtype).contiguous(), beta.to(dtype).contiguous()
+    op = "group_norm_silu"
+    bias = None if bias is None else coefficients(op, "bias", bias, x.shape[:2], x)
+    gamma, beta = (coefficients(op, n, v, (channels,), x) for n, v in (("gamma", gamma), ("beta", beta)))
+    return to_channels_last(x), bias, gamma, beta
 
 
 def group_norm_silu(

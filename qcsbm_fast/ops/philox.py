@@ -80,7 +80,7 @@ def _call(op: Op, state: Tensor, size: Sequence[int], dtype: torch.dtype) -> Ten
     state = noise_state(op.name, state)
     if any(n < 0 for n in size):
         fail(op.name, "size", "non-negative lengths", tuple(size))
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{op.name}: dtype expected a floating-point type, got {dtype}")
     if state.device.type == "cpu" and dtype not in KERNEL_DTYPES:
         raise TypeError(f"{op.name}: dtype expected float32, float64 or bfloat16 on the CPU, got {dtype}")
