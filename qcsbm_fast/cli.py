@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import tyro
 from pydantic import ValidationError
 
-from qcsbm_fast.train.config import describe
 from qcsbm_fast.memory import keep_freed_memory
+from qcsbm_fast.train.config import describe
 from qcsbm_fast.train.errors import ConfigError, RunError
 
 COMMANDS = (
