@@ -5,7 +5,7 @@
 Triton kernels are compiled with every tile that autotuning may choose, CUDA kernels by nvcc. Per kernel: registers per
 thread, spilled and stack bytes, shared memory, the occupancy that these allow, the widest global access, and for
 Triton kernels on aligned rows bytes per element by 128-bit accesses against the least that the op must move, and
-arithmetic per byte (a fused multiply-add counts two).
+arithmetic per byte (a fused multiply-add counts two) and machine instructions per element.
 """
 
 from __future__ import annotations
@@ -156,6 +156,20 @@ def triton_resources(cubin: bytes) -> dict[str, int]:
     return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def sass_instructions(cubin: bytes) -> int:
+    """Machine instructions of one thread of a straight-line kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    listing = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", text, re.MULTILINE)
+    ends = [i for i, instruction in enumerate(listing) if "EXIT" in instruction]
+    return ends[-1] + 1 if ends else len(listing)
+
+
 def global_accesses(ptx: str) -> list[int]:
     """Bytes of each global load and store in the PTX."""
     found = re.findall(r"\b(?:ld|st)\.(?:\w+\.)*?global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s", ptx)
@@ -222,7 +236,7 @@ def cuda_resources(ptx: str, arch: int) -> Iterator[tuple[str, dict[str, int]]]:
 
 def print_triton(architectures: list[int]) -> None:
     print(f"{'Triton kernel':<24}{'sm':>4}{'type':>6}{'tile':>6}{'warps':>6}{'regs':>6}{'spill':>6}", end="")
-    print(f"{'shared':>8}{'occup.':>8}{'widest':>8}{'B/elem':>8}{'least':>7}{'op/B':>7}")
+    print(f"{'shared':>8}{'occup.':>8}{'widest':>8}{'B/elem':>8}{'least':>7}{'op/B':>7}{'instr/elem':>12}")
     for kernel in TRITON:
         for element in ("fp32", "bf16"):
             for arch in architectures:
@@ -238,22 +252,28 @@ def print_triton(architectures: list[int]) -> None:
                         f"{kernel.name:<24}{arch:>4}{element:>6}{block:>6}{warps:>6}{used['reg']:>6}"
                         f"{used['local'] + used['stack']:>6}{made.metadata.shared:>8}{share:>8.0%}"
                         f"{max(accesses):>8}{moved:>8.1f}{kernel.moved * ELEMENT[element]:>7}"
-                        f"{operations / moved:>7.1f}"
+                        f"{operations / moved:>7.1f}{sass_instructions(made.asm['cubin']) * per_element:>12.0f}"
                     )
+
+
+def readable(name: str) -> str:
+    """`kernel<template arguments>` of a mangled name."""
+    kernel, template = re.findall(r"\d+([a-z_]+_kernel)I(.*?)E?Ev", name)[0]
+    words = re.findall(r"NS_\d+([a-zA-Z]+?\d*)E|Li(\d+)|([fd])", template)
+    return f"{kernel}<{', '.join({'f': 'float', 'd': 'double'}.get(w, w) for ws in words for w in ws if w)}>"
 
 
 def print_cuda(architectures: list[int]) -> None:
     print(
-        f"\n{'CUDA kernel':<76}{'sm':>4}{'regs':>6}{'stack':>7}{'spill':>6}{'shared':>8}{'occup.':>8}{'widest':>8}"
+        f"\n{'CUDA kernel':<58}{'sm':>4}{'regs':>6}{'stack':>7}{'spill':>6}{'shared':>8}{'occup.':>8}{'widest':>8}"
     )
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         for arch in architectures:
             for name, used in cuda_resources(cuda_ptx(source, arch), arch):
                 share = occupancy(arch, used["reg"], 256, used["shared"])
-                short = name if len(name) <= 74 else name[:71] + "..."
                 print(
-                    f"{short:<76}{arch:>4}{used['reg']:>6}{used['stack']:>7}{used['spill']:>6}{used['shared']:>8}"
-                    f"{share:>8.0%}{used['widest']:>8}"
+                    f"{readable(name):<58}{arch:>4}{used['reg']:>6}{used['stack']:>7}{used['spill']:>6}"
+                    f"{used['shared']:>8}{share:>8.0%}{used['widest']:>8}"
                 )
 
 
