@@ -140,14 +140,19 @@ def test_no_damage_is_loaded(tmp_path: Path) -> None:
     assert outcomes.count("refused") > 100
 
 
-def test_the_one_before_a_damaged_one_is_used(tmp_path: Path) -> None:
+def test_the_one_before_a_damaged_one_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, state(step), keep=3)
     for step in (3, 2):
         path = checkpoint.find(tmp_path, step)
         path.write_bytes(path.read_bytes()[:-200])
+        assert checkpoint.read(tmp_path)["weights"][0] == step - 1
+        assert f"{path}: damaged" in capsys.readouterr().err
+        with pytest.raises(CheckpointError, match=path.name):
+            checkpoint.read(tmp_path, step)
         loaded, problems = checkpoint.load_newest(tmp_path, rename=step == 2)
         assert loaded["weights"][0] == step - 1
+    assert checkpoint.read(tmp_path)["weights"][0] == 1
     assert [problem.split(": ")[0] for problem in problems] == [
         str(tmp_path / f"step-0000000{step}.pt") for step in (3, 2)
     ]

@@ -73,7 +73,7 @@ def evaluate_run(
     not known), under "levels" those of Asym and NAsym by noise level.
     """
     config = replace(folder.read_config(), device=device)
-    state = checkpoint.load(checkpoint.find(folder.checkpoints, step))["trainer"]
+    state = checkpoint.read(folder.checkpoints, step)["trainer"]
     setup = build.build(config)
     setup.score.eval().load_state_dict(state["ema"]["module"])
     score = build.full_precision(setup.score)

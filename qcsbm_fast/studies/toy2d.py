@@ -137,7 +137,7 @@ def load(folder: RunFolder) -> tuple[Score, build.Setup]:
     """The averaged model of a run's newest checkpoint, with its data."""
     config = folder.read_config()
     setup = build.build(config)
-    state = checkpoint.load(checkpoint.find(folder.checkpoints))
+    state = checkpoint.read(folder.checkpoints)
     setup.score.load_state_dict(state["trainer"]["ema"]["module"])
     return setup.score, setup
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -120,6 +121,19 @@ def load_newest(folder: Path, *, rename: bool = False) -> tuple[dict[str, Any], 
             if rename:
                 path.rename(path.with_suffix(".pt.damaged"))
     raise CheckpointError("\n".join(problems) or f"{folder}: no checkpoint here")
+
+
+def read(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """The checkpoint of `step`, or the newest that can be read, with a word on stderr on those that cannot.
+
+    Raises CheckpointError where there is none, or the one that was asked for cannot be read.
+    """
+    if step is not None:
+        return load(find(folder, step))
+    state, problems = load_newest(folder)
+    for problem in problems:
+        print(f"{problem}\nThe one before it is used", file=sys.stderr)
+    return state
 
 
 def remove_halves(folder: Path) -> None:

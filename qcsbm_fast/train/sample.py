@@ -57,7 +57,7 @@ def sample(
 
     Raises RunError where the parts found are of a job with other settings.
     """
-    state = checkpoint.load(checkpoint.find(folder.checkpoints, step))["trainer"]
+    state = checkpoint.read(folder.checkpoints, step)["trainer"]
     setup = build.build(replace(folder.read_config(), device=device))
     setup.score.eval().load_state_dict(state["ema"]["module"])
     picture = out or folder.path / f"drawn-{state['steps_done']}-{sampling.sampler}.png"
