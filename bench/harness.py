@@ -126,13 +126,13 @@ def report(title: str, rows: list[Row], **facts: object) -> None:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     print(f"\n{title}   ({', '.join(f'{k} {v}' for k, v in {**machine, **facts}.items())})")
-    print(f"{'':<34}{'median ms':>11}{'quartiles ms':>20}{'speed-up':>10}{'of floor':>10}{'memory MB':>11}")
+    print(f"{'':<34}{'median ms':>11}{'quartiles ms':>24}{'speed-up':>10}{'of floor':>10}{'memory MB':>11}")
     for row in rows:
         spread = f"{row.low * 1e3:.3f} .. {row.high * 1e3:.3f}"
         share = f"{100 * row.share:.0f} %" if row.share else ""
         memory = f"{row.memory / 1e6:.0f}" if row.memory else ""
         print(
-            f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>20}{row.speedup:>10.2f}{share:>10}{memory:>11}"
+            f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>24}{row.speedup:>10.2f}{share:>10}{memory:>11}"
         )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{title.split(':')[0].replace(' ', '_')}.json"
