@@ -7,7 +7,6 @@ take the same steps, up to the order of sums. The first one writes.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,14 +57,13 @@ class Processes:
         return cast(T, box[0])
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """`module` with gradients averaged over the processes in `backward`, its weights those of the first."""
+        """`module` with gradients averaged over the processes in `backward`, its weights those of the first.
+
+        The loss must reach every parameter: `backward` raises where it does not.
+        """
         if not self.several:
             return module
-        # a network may have a parameter that the loss does not reach; where it has none, DDP remarks on the search
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
-        return nn.parallel.DistributedDataParallel(
-            module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
+        return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     @staticmethod
     def apart(module: nn.Module, apart: bool) -> AbstractContextManager[Any]:
