@@ -167,9 +167,31 @@ def test_group_norm_silu_adjoint(size: tuple[int, ...], probes: int, dtype: str)
         torch.testing.assert_close(ours, theirs, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [3, 16, 272])
+@pytest.mark.parametrize(
+    ("up", "down", "pad", "rows", "cols"),
+    [(2, 1, 2, 10, 6), (1, 2, 1, 3, 2), (1, 1, 0, 2, 1), (3, 2, -1, 4, 3)],
+    ids=["up", "down", "same", "cropped"],
+)
+def test_fir(up: int, down: int, pad: int, rows: int, cols: int, channels: int, dtype: str) -> None:
+    t = DTYPES[dtype]
+    x, taps = draw(2, 5, 4, channels, seed=0, dtype=t), [0.125, 0.375, 0.3, 0.2]
+    pack = 16 // t.itemsize
+    pack = pack if channels % pack == 0 else 1
+    y = poisoned(2, rows, cols, channels, dtype=t)
+    letter = "d" if t == torch.float64 else "f"
+    filter_ = ptxsim.Struct(f"32{letter}4i", *taps, *[0.0] * 28, 4, up, down, pad)
+    sizes = ptxsim.Struct("q5i", 2, 5, 4, channels, rows, cols)
+    launch("fir.cu", "fir_kernel", (MANGLED[t], f"Li{pack}E"), 2 * rows, 256, [x, y, filter_, sizes])
+    expected = OPS["fir"].reference(channels_last(x), taps, up, down, pad, rows, cols)
+    torch.testing.assert_close(channels_last(y), expected, **TOLERANCE[t])
+
+
 # Kernel: how often 16 bytes are read or written, and what narrower accesses may be: numbers per sample or channel.
 WIDE = {
     ("asymmetry.cu", "asymmetry_kernel"): 3,
+    ("fir.cu", "fir_kernel"): 2,
     ("group_norm_silu.cu", "group_norm_silu_kernel"): 7,
     ("group_norm_silu_adjoint.cu", "group_norm_silu_adjoint_kernel"): 10,
 }

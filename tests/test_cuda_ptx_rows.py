@@ -16,7 +16,7 @@ if not has_nvcc():
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MANGLED}
 ACTIVATIONS = {"swish": "NS_5SwishE", "elu": "NS_3EluE", "leaky_relu": "NS_9LeakyReluE"}
 # (rows, cols): one number, fewer columns than a pack, several blocks of rows, columns for two blocks.
-SIZES = [(1, 1), (7, 3), (150, 24), (2100, 8), (3, 2072)]
+SIZES = [(1, 1), (7, 3), (150, 24), (700, 8), (3, 2072)]
 
 
 def draw(*size: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -69,11 +69,40 @@ def test_bias_act(size: tuple[int, int], kind: str, probes: int, dtype: str) -> 
         torch.testing.assert_close(ours, theirs, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("probes", [0, 1, 2])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_softmax(size: tuple[int, int], probes: int, dtype: str) -> None:
+    """Value and tangents, then the joint adjoint, with and without a cotangent of the value."""
+    t, (rows, cols) = DTYPES[dtype], size
+    g, z = (draw(rows, cols, seed=i, dtype=t) for i in (0, 1))
+    gdot, tangents = (draw(probes, rows, cols, seed=i, dtype=t) for i in (2, 3))
+    template = (MANGLED[t], f"Li{cut(rows, cols, t)[0]}E")
+    p, pdot = poisoned(rows, cols, dtype=t), poisoned(probes, rows, cols, dtype=t)
+    sizes = [rows, cols, probes]
+    launch("softmax.cu", "softmax_kernel", template, -(-rows // 8), 256, [z, tangents, p, pdot, *sizes])
+    for ours, theirs in zip((p, pdot), OPS["softmax_jvp"].reference(z, tangents), strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE[t])
+
+    value, p = None if probes == 2 else g, z.softmax(-1)
+    gz, gd = poisoned(rows, cols, dtype=t), poisoned(probes, rows, cols, dtype=t)
+    dots = poisoned(probes, rows, 2, dtype=accumulate_dtype(t))
+    args = [value, gdot, p, tangents, gz, gd, dots, *sizes]
+    launch("softmax.cu", "softmax_adjoint_kernel", template, -(-rows // 8), 256, args)
+    expected = OPS["softmax_jvp_vjp"].reference(value, gdot, p, tangents)
+    for ours, theirs in zip((gz, gd), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE[t])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_aligned_path_moves_16_bytes_at_once(dtype: str) -> None:
-    """Elements of two bytes are never moved one by one; what is narrower belongs to a column."""
+    """Elements of two bytes are never moved one by one; what is narrower belongs to a column or a row."""
     template = (MANGLED[DTYPES[dtype]], "Li8E")
     for kernel, count in (("bias_act_kernel", 4), ("bias_act_adjoint_kernel", 6)):
         widths = accesses_of("bias_act.cu", kernel, ACTIVATIONS["swish"], *template)
+        assert widths.count(16) >= count
+        assert set(widths) <= {16, 4}
+    for kernel, count in (("softmax_kernel", 7), ("softmax_adjoint_kernel", 11)):
+        widths = accesses_of("softmax.cu", kernel, *template)
         assert widths.count(16) >= count
         assert set(widths) <= {16, 4}
