@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,7 +70,9 @@ def _forward_mode(
     values, tangents = [], []
     for tangent in v:
         rewind()
-        with forward_ad.dual_level(), _CustomOpGuard():
+        # what checkpointing runs again in the backward pass is outside this level, and would save other tensors
+        no_hooks = disable_saved_tensors_hooks("checkpointing runs again outside forward mode")
+        with forward_ad.dual_level(), _CustomOpGuard(), no_hooks:
             out = forward_ad.unpack_dual(fn(forward_ad.make_dual(x, tangent)))
         values.append(out.primal)
         tangents.append(torch.zeros_like(out.primal) if out.tangent is None else out.tangent)

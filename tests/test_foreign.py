@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from oracles import jacobians, parameter_gradient, probe_penalty
@@ -78,6 +79,29 @@ class InPlace(nn.Module):
         return nn.functional.relu(h.add_(x.tanh()), inplace=True) + x
 
 
+class Checkpointed(nn.Module):
+    """Its middle is run again in the backward pass, in place of keeping what it needs."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.middle = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6), nn.Tanh())
+
+    def forward(self, x):
+        h = torch.utils.checkpoint.checkpoint(self.middle, self.first(x), use_reentrant=self.reentrant)
+        return self.last(h)
+
+
+class ScaledDotProduct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1)))
+
+
 def with_function(function):
     class Wrapped(nn.Module):
         def __init__(self):
@@ -103,6 +127,8 @@ MODULES = {
         (6,),
     ),
     "attention": (Attention, (5, 8)),
+    "scaled_dot_product": (ScaledDotProduct, (5, 8)),
+    "checkpointed": (lambda: Checkpointed(reentrant=False), (6,)),
     "in_place": (InPlace, (6,)),
     "old_function": (lambda: with_function(OldFunction.apply), (6,)),
     "custom_op": (lambda: with_function(cube), (6,)),
