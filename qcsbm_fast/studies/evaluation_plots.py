@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from qcsbm_fast.train import plots
@@ -32,6 +33,10 @@ def asymmetry_by_sigma(path: Path, runs: Mapping[str, Mapping[str, Sequence[floa
             low = torch.maximum(mean - error, 1e-3 * mean)  # above 0 too
             axes.fill_between(levels["sigma"], low, mean + error, color=colour, alpha=0.2, linewidth=0)
         axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", title=label)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
         axes.grid(True, color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
