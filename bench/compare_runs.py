@@ -42,7 +42,10 @@ def load(path: Path) -> tuple[Score, build.Setup, str, int]:
     setup = build.build(config)
     state = checkpoint.load(checkpoint.find(open_run(path).checkpoints))["trainer"]
     setup.score.eval().load_state_dict(state["ema"]["module"])
-    return setup.score, setup, config.model.kind, state["steps_done"]
+    factor = (
+        f", factor {config.penalty.balancing_factor:g}" if config.model.kind == "quasi-conservative" else ""
+    )
+    return setup.score, setup, config.model.kind + factor, state["steps_done"]
 
 
 def denoising_loss(score: Score, x0: Tensor, times: Tensor) -> list[float]:
@@ -60,7 +63,7 @@ def denoising_loss(score: Score, x0: Tensor, times: Tensor) -> list[float]:
 
 
 def measure(path: Path, points: int, levels: int, count: int, steps: int, seed: int) -> Run:
-    score, setup, kind, done = load(path)
+    score, setup, title, done = load(path)
     exact = build.full_precision(score)
     times = (torch.arange(levels) + 0.5) / levels
     sigma = exact.sde.marginal(times)[1].tolist()
@@ -70,7 +73,7 @@ def measure(path: Path, points: int, levels: int, count: int, steps: int, seed: 
         score, (count, *setup.shape), steps=steps, snr=0.16, stream=NoiseStream(seed), progress=True
     )
     return Run(
-        kind,
+        title,
         done,
         samples,
         sigma,
