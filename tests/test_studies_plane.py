@@ -101,3 +101,4 @@ def test_symmetric_weights_without_tying_have_no_penalty() -> None:
 def test_spread_is_half_the_range() -> None:
     assert mean_and_spread([4.0, 5.0]) == "4.5 ± 0.5"
     assert mean_and_spread([0.123456]) == "0.1235"
+    assert mean_and_spread([90.0, 114.0]) == "102 ± 10"

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from qcsbm_fast.train import plots
 
-_FRAMES, _LONGEST, _MILLISECONDS = 40, 480, 80
+_FRAMES, _LONGEST, _MILLISECONDS = 40, 360, 80
 
 
 class Frames:
-    """Keeps about forty of the states that a sampler is watched through; `Frames(steps)` for so many."""
+    """Keeps at most forty-one of the states that a sampler is watched through; `Frames(steps)` for so many."""
 
     def __init__(self, steps: int) -> None:
         self.kept: list[Tensor] = []
-        self._every = max(1, steps // _FRAMES)
+        self._every = -(-steps // _FRAMES)
         self._last = steps - 1
 
     def __call__(self, step: int, state: Tensor) -> None:
