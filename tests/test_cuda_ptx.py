@@ -188,10 +188,24 @@ def test_fir(up: int, down: int, pad: int, rows: int, cols: int, channels: int, 
     torch.testing.assert_close(channels_last(y), expected, **TOLERANCE[t])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 37, 2064])
+def test_scaled_add(size: int, dtype: str) -> None:
+    t = DTYPES[dtype]
+    a, b, y = draw(size, seed=0, dtype=t), draw(size, seed=1, dtype=t), poisoned(size, dtype=t)
+    pack = 16 // t.itemsize
+    pack = pack if size % pack == 0 else 1
+    template, blocks = (MANGLED[t], f"Li{pack}E"), -(-size // pack // 256)
+    launch("scaled_add.cu", "scaled_add_kernel", template, blocks, 256, [a, b, y, 0.7, size])
+    wide = accumulate_dtype(t)
+    torch.testing.assert_close(y, (0.7 * (a.to(wide) + b.to(wide))).to(t), **TOLERANCE[t])
+
+
 # Kernel: how often 16 bytes are read or written, and what narrower accesses may be: numbers per sample or channel.
 WIDE = {
     ("asymmetry.cu", "asymmetry_kernel"): 3,
     ("fir.cu", "fir_kernel"): 2,
+    ("scaled_add.cu", "scaled_add_kernel"): 3,
     ("group_norm_silu.cu", "group_norm_silu_kernel"): 7,
     ("group_norm_silu_adjoint.cu", "group_norm_silu_adjoint_kernel"): 10,
 }

@@ -29,7 +29,7 @@ __device__ A warp_max(A value) {
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     softmax_kernel(const T* __restrict__ z, const T* __restrict__ tangents, T* __restrict__ p, T* __restrict__ pdot,
                    int64_t rows, int64_t cols, int64_t probes) {
   using A = acc_t<T>;
