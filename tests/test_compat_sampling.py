@@ -168,3 +168,33 @@ def test_likelihood_of_a_gaussian(name: str, kind: str) -> None:
     assert evaluations > 20
     with pytest.raises(NotImplementedError, match="expected one of Rademacher, Gaussian, got 'Sign'"):
         likelihood.get_likelihood_fn(process, lambda x: x, "Sign")
+
+
+class EnergyField(nn.Module):
+    """f with -grad ||f||^2 / (2 sigma) the score of the noised Gaussian data."""
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - MEAN) * (sigma / (STD**2 + sigma**2)).sqrt()[:, None, None, None]
+
+
+def test_an_energy_is_sampled_and_measured_as_its_score() -> None:
+    process = PROCESSES["ve"]
+    field, score = EnergyField(), GaussianScore(process.process)
+    z = torch.randn(6, 1, 1, 2)
+    flows = [
+        sampling.get_ode_sampler(process, z.shape, lambda x: x, True, device="cpu", energy=energy)(model, z)[
+            0
+        ]
+        for model, energy in ((field, True), (score, False))
+    ]
+    torch.testing.assert_close(*flows, rtol=1e-4, atol=1e-5)
+    bits = []
+    for model, energy in ((field, True), (score, False)):
+        torch.manual_seed(0)
+        bits.append(likelihood.get_likelihood_fn(process, lambda x: x, energy=energy)(model, z)[0])
+    torch.testing.assert_close(*bits, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"continuous": True, "device": "cpu", "energy": True}
+    euler = sampling.get_predictor("euler_maruyama")
+    draw = sampling.get_pc_sampler(process, SHAPE, euler, None, lambda x: x, 0.16, **settings)
+    assert_gaussian(draw(field)[0], bias=0.04)
