@@ -259,8 +259,9 @@ def print_triton(architectures: list[int]) -> None:
 def readable(name: str) -> str:
     """`kernel<template arguments>` of a mangled name."""
     kernel, template = re.findall(r"\d+([a-z_]+_kernel)I(.*?)E?Ev", name)[0]
-    words = re.findall(r"NS_\d+([a-zA-Z]+?\d*)E|Li(\d+)|([fd])", template)
-    return f"{kernel}<{', '.join({'f': 'float', 'd': 'double'}.get(w, w) for ws in words for w in ws if w)}>"
+    types = {"f": "float", "d": "double"}
+    words = ["".join(found) for found in re.findall(r"NS_\d+([a-zA-Z]+?\d*)E|Li(\d+)|([fd])", template)]
+    return f"{kernel}<{', '.join(types.get(word, word) for word in words)}>"
 
 
 def print_cuda(architectures: list[int]) -> None:

@@ -101,9 +101,9 @@ def with_memory(rows: Sequence[Row], functions: Mapping[str, Callable[[], object
     return [replace(row, memory=peak_memory(functions[row.name])) for row in rows]
 
 
-def copy_rate(numel: int = 2**24) -> float:
+def copy_rate(numel: int = 2**24, device: str = "cpu") -> float:
     """Bytes per second that a copy of a large float32 tensor reads and writes."""
-    source = torch.randn(numel)
+    source = torch.randn(numel, device=device)
     target = torch.empty_like(source)
     row = interleaved({"copy": lambda: target.copy_(source)}, repeats=9)[0]
     return 8 * numel / row.median

@@ -1,6 +1,6 @@
 """Every op's compiled kernel against its plain-torch reference, over the same table of cases as the tests.
 
-    python bench/ops.py [NAME ...]
+    python bench/ops.py [--device cpu|cuda] [NAME ...]
 
 Each row: the kernel, the reference beside it in the same run, and the share of the machine's copy rate that it
 reaches on the bytes of its arguments and results, each moved once. A kernel that disagrees with its reference is
@@ -39,10 +39,13 @@ def agrees(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     )
 
 
-def bench_op(name: str, rate: float, repeats: int) -> None:
+def bench_op(name: str, rate: float, repeats: int, device: str) -> None:
     entry = TABLE[name]
     variant = next(iter(entry.variants))
-    call = arguments(entry, variant, entry.bench, torch.float32)
+    call = tuple(
+        a.to(device) if isinstance(a, Tensor) else a
+        for a in arguments(entry, variant, entry.bench, torch.float32)
+    )
     op = OPS[name]
     got = outputs(op(*call))
     if not agrees(got, outputs(op.reference(*call))):
@@ -56,11 +59,11 @@ def bench_op(name: str, rate: float, repeats: int) -> None:
     harness.report(f"op {name}", rows, size="x".join(map(str, entry.bench)))
 
 
-def bench_sampler_step(rate: float, repeats: int, numel: int = 4 * 2**20) -> None:
+def bench_sampler_step(rate: float, repeats: int, device: str, numel: int = 4 * 2**20) -> None:
     """x' = a x + b s + c z on 4M floats against the three eager operations and `randn_like`."""
-    x, s = torch.randn(2, 64, numel // 64)
-    a, b, c = torch.rand(3, 64)
-    stream = NoiseStream(0)
+    x, s = torch.randn(2, 64, numel // 64, device=device)
+    a, b, c = torch.rand(3, 64, device=device)
+    stream = NoiseStream(0, device)
 
     def eager() -> tuple[Tensor, Tensor]:
         mean = a[:, None] * x + b[:, None] * s
@@ -79,14 +82,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"ops (default: all): {', '.join(TABLE)}")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    rate = harness.copy_rate()
+    rate = harness.copy_rate(device=options.device)
     for name in options.names or TABLE:
-        if TABLE[name].bench and backend.has_kernel(name, "cpu"):
-            bench_op(name, rate, options.repeats)
+        if TABLE[name].bench and backend.has_kernel(name, options.device):
+            bench_op(name, rate, options.repeats, options.device)
     if not options.names:
-        bench_sampler_step(rate, options.repeats)
+        bench_sampler_step(rate, options.repeats, options.device)
 
 
 if __name__ == "__main__":
