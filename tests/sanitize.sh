@@ -21,7 +21,7 @@ shift
 cd "$folder"
 
 sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-QCSBM_CUDA=0 CXXFLAGS="$sanitizers -fno-omit-frame-pointer -g1 -O1 ${CXXFLAGS:-}" LDSHARED="${CXX:-g++} -shared" \
+QCSBM_CUDA=0 CXXFLAGS="$sanitizers -fno-omit-frame-pointer -g1 ${CXXFLAGS:-}" LDSHARED="${CXX:-g++} -shared" \
     LDFLAGS="$sanitizers ${LDFLAGS:-}" "$python" setup.py --quiet build_ext --inplace
 
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
