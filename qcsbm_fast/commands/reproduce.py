@@ -139,7 +139,7 @@ class Images:
     more_steps: int = 1000
     """Optimiser steps after that."""
     fast: bool = False
-    """A look of some minutes: the digits, 100 and 50 steps, few samples."""
+    """A look of some minutes: the digits, 60 and 30 steps, few samples."""
     out: Path = Path("runs/images")
     """Folder for the runs, table.md, results.json and the pictures."""
 
@@ -148,13 +148,13 @@ class Images:
         from qcsbm_fast.studies.evaluation import Settings, settings_for
         from qcsbm_fast.train.presets import PRESETS
 
-        few = Settings(points=50, levels=5, probes=1, oracle_points=10, nll_points=4, repeats=2, samples=20)
+        few = Settings(points=50, levels=5, probes=1, oracle_points=10, nll_points=2, repeats=1, samples=10)
         images.reproduce(
             self.out,
             PRESETS["digits" if self.fast else self.data],
             seeds=self.seeds[:1] if self.fast else self.seeds,
-            first_steps=100 if self.fast else self.first_steps,
-            more_steps=50 if self.fast else self.more_steps,
+            first_steps=60 if self.fast else self.first_steps,
+            more_steps=30 if self.fast else self.more_steps,
             settings=few if self.fast else settings_for(image=True),
         )
 
