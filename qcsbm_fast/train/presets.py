@@ -28,10 +28,10 @@ _DIGITS = Config(
     model=Model(network="ncsnpp", nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0),
     objective=Objective(half=True, t_min=1e-5),
     penalty=dataclasses.replace(_QUARTER, balancing_factor=1e-2),
-    optim=Optim(steps=600, batch_size=64, lr=2e-3, warmup=100, ema=0.99),
-    evaluation=Evaluation(every=300, points=200, levels=5),
+    optim=Optim(steps=400, batch_size=64, lr=2e-3, warmup=100, ema=0.99),
+    evaluation=Evaluation(every=200, points=200, levels=5),
     sampling=Sampling(sampler="pc", count=64, steps=150, snr=0.16),
-    checkpoint=Checkpoint(every=300, keep=3),
+    checkpoint=Checkpoint(every=200, keep=3),
 )
 
 _FASHION = Config(
