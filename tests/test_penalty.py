@@ -9,6 +9,7 @@ from torch import nn
 from oracles import exact_penalty, jacobians, nested_penalty, parameter_gradient, probe_penalty
 from qcsbm_fast import NoiseStream
 from qcsbm_fast.divergence import divergence
+from qcsbm_fast.dual import linear
 from qcsbm_fast.nn import ImageMLP, ToyMLP
 from qcsbm_fast.penalty import asymmetry
 from qcsbm_fast.score import Score
@@ -155,6 +156,29 @@ def test_unbiased_with_drawn_probes(estimator, distribution):
         samples.append(flat @ gradient / gradient.square().sum() / 100)
     samples = torch.stack(samples)
     assert abs(samples.mean() - 1) < 5 * samples.std() / 40**0.5
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_in_bfloat16_the_residual_has_no_component_along_the_probe(distribution):
+    """`<v, (J - J^T) v>` is zero; for a linear field `x W^T` the surrogate's gradient is `2 r v^T` (one sample)."""
+    generator = torch.Generator().manual_seed(0)
+    size = 96
+    random = torch.randn(size, size, generator=generator)
+    weight = (random + random.mT + 0.05 * (random - random.mT)).requires_grad_()
+    x = torch.randn(1, size, generator=generator)
+
+    def field(value):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(value, weight)
+
+    v = torch.randn(1, 1, size, generator=generator)
+    if distribution == "rademacher":
+        v = v.sign()
+    asymmetry(field, x, v=v).surrogate.sum().backward()
+    exact = 2 * (weight - weight.mT).detach() @ v[0, 0]
+    got = weight.grad @ v[0, 0] / v.square().sum()
+    assert (v[0, 0] @ got).abs() < 0.006 * got.norm()  # 0.013 and 0.027 without; the gradient is rounded too
+    assert torch.cosine_similarity(got, exact, 0) > 0.99
 
 
 def test_a_conservative_field_has_exactly_no_asymmetry():
