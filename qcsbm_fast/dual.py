@@ -143,7 +143,7 @@ def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, pa
 def chunk(x: V, chunks: int) -> list[V]:
     """Equal parts of the last dimension."""
     if isinstance(x, Dual):
-        pairs = zip(x.primal.chunk(chunks, -1), x.tangents.chunk(chunks, -1))
+        pairs = zip(x.primal.chunk(chunks, -1), x.tangents.chunk(chunks, -1), strict=True)
         return [Dual(primal, tangents) for primal, tangents in pairs]
     return list(x.chunk(chunks, -1))
 

@@ -12,9 +12,9 @@ def keep_freed_memory() -> bool:
     """Tells the C library to keep freed memory for later allocations; whether it does.
 
     glibc maps every allocation above some megabytes anew and hands the top of its heap back when it is free: each
-    training step then touches fresh zeroed pages, a tenth of its time on a CPU. For a process that trains or samples, not
-    for a library to do behind its user's back: the command line calls it. The environment's `MALLOC_*` settings win;
-    elsewhere than in glibc nothing happens.
+    training step then touches fresh zeroed pages, a twentieth of its time on a CPU. The command line calls this; a
+    library has no business to do it behind its user's back. The environment's `MALLOC_*` settings win; elsewhere than
+    in glibc nothing happens.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

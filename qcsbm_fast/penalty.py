@@ -114,10 +114,7 @@ def asymmetry(
     with torch.enable_grad():
         at = push(fn, x, v)
         jv = at.jv.float() if at.jv.dtype in (torch.bfloat16, torch.float16) else at.jv
-        if exact:
-            jtv = _transpose(jv.detach(), x).to(jv.dtype)
-        else:
-            jtv = _balance(v, jv.detach(), at.vjp(v).to(jv.dtype))
+        jtv = _transpose(jv.detach(), x) if exact else _balance(v, jv.detach(), at.vjp(v).to(jv.dtype))
         penalty, nasym, surrogate, seed = ops.asymmetry(jv, jtv)
         if rewind is not None:
             residual = (seed.detach() * (v.shape[0] / 2)).to(x.dtype)
