@@ -123,28 +123,6 @@ inline void fill_normals(const Philox& philox, int64_t first, float (&z)[kBatchN
   }
 }
 
-// Bytes of a result from which on it is streamed: larger than the caches that would keep it.
-constexpr int64_t kStreamed = 8 << 20;
-
-// Copies bytes past the caches, so that memory is written without being read first; stream_fence() makes them visible to
-// other threads.
-inline void stream(void* to, const void* from, size_t bytes) {
-#ifdef __AVX512F__
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0) {
-    for (size_t i = 0; i < bytes; i += 64)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
-                          _mm512_loadu_si512(static_cast<const char*>(from) + i));
-    return;
-  }
-#endif
-  memcpy(to, from, bytes);
-}
-inline void stream_fence() {
-#ifdef __AVX512F__
-  _mm_sfence();
-#endif
-}
-
 // Calls f(row, first, count, z) for every run of consecutive elements [begin, end) that lies in one row, with their
 // normals; `begin` is a multiple of 4. Short batches: the processor fetches one from memory while it draws the next.
 template <class F>

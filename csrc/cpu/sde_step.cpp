@@ -8,26 +8,18 @@ void sde_step(const T* x, const T* score, const acc_t<T>* a, const acc_t<T>* b, 
               uint64_t offset, T* next, T* mean, int64_t n, int64_t cols) {
   using A = acc_t<T>;
   const Philox philox(seed, offset);
-  const bool streamed = n * static_cast<int64_t>(sizeof(T)) >= kStreamed;
 #pragma omp parallel for schedule(static) if (n > kGrain)
   for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
     const int64_t begin = k * kBlock, end = std::min(n, begin + kBlock);
     for_noisy_runs(philox, begin, end, cols, [&](int64_t row, int64_t at, int64_t count, const float* z) {
-      alignas(64) T means[kBatchNormals], nexts[kBatchNormals];
-      T *const to_mean = streamed ? means : mean + at, *const to_next = streamed ? nexts : next + at;
       const A ar = a[row], br = b[row], cr = c[row];
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const A m = ar * load(x[at + i]) + br * load(score[at + i]);
-        to_mean[i] = store<T>(m);
-        to_next[i] = store<T>(m + cr * static_cast<A>(z[i]));
-      }
-      if (streamed) {
-        stream(mean + at, means, count * sizeof(T));
-        stream(next + at, nexts, count * sizeof(T));
+        mean[at + i] = store<T>(m);
+        next[at + i] = store<T>(m + cr * static_cast<A>(z[i]));
       }
     });
-    if (streamed) stream_fence();
   }
 }
 
