@@ -22,7 +22,6 @@ _QUARTER = Penalty(balancing_factor=1e-4, probes=1, fraction=0.25, time_density=
 
 _DIGITS = Config(
     preset="digits",
-    precision="bfloat16",
     data=Data(name="digits"),
     sde=Noise(name="ve", sigma_min=0.02, sigma_max=5.0),
     model=Model(network="ncsnpp", nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0),
