@@ -17,6 +17,7 @@ import torch
 
 from qcsbm_fast.dual import Dual
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
+from qcsbm_fast.nn.reference_weights import from_reference_state_dict, to_reference_state_dict
 
 STRUCTURES = [
     {
@@ -88,6 +89,15 @@ def check(options: dict[str, Any], seed: int) -> None:
 def test_adjoint_identity(structure: int) -> None:
     for word in range(len(CODE)):
         check(combination(structure, word), seed=len(CODE) * structure + word)
+
+
+@pytest.mark.parametrize("structure", range(len(STRUCTURES)))
+def test_the_authors_names_both_ways(structure: int) -> None:
+    options = combination(structure, structure % len(CODE))
+    net, other = (ordinary_network(options, seed) for seed in (0, 1))
+    from_reference_state_dict(other, to_reference_state_dict(net))
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_every_pair_of_values_occurs() -> None:
