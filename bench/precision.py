@@ -26,7 +26,7 @@ from tqdm import tqdm
 from harness import RESULTS
 from qcsbm_fast import NoiseStream, Score
 from qcsbm_fast.linearize import push
-from qcsbm_fast.penalty import asymmetry
+from qcsbm_fast.penalty import asymmetry, balance
 from qcsbm_fast.train import build, checkpoint
 from qcsbm_fast.train.config import Config
 from qcsbm_fast.train.evaluate import evaluate
@@ -70,10 +70,11 @@ def gradient(score: Score, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
 
 
 def products(score: Score, x: Tensor, t: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """`sigma J v` and `sigma J^T v`, in float64."""
+    """`sigma J v` and `sigma J^T v`, balanced as the penalty takes them, in float64."""
     at = push(lambda y: score(y, t), x, v)
     scale = sigma[:, None, None, None]
-    return at.jv.detach().double() * scale, at.vjp(v).double() * scale
+    jv = at.jv.detach()
+    return jv.double() * scale, balance(v, jv, at.vjp(v)).double() * scale
 
 
 def compare(score: Score, x0: Tensor, levels: list[float], seed: int = 1) -> list[dict[str, float | str]]:

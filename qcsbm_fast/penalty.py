@@ -114,7 +114,7 @@ def asymmetry(
     with torch.enable_grad():
         at = push(fn, x, v)
         jv = at.jv.float() if at.jv.dtype in (torch.bfloat16, torch.float16) else at.jv
-        jtv = _transpose(jv.detach(), x) if exact else _balance(v, jv.detach(), at.vjp(v).to(jv.dtype))
+        jtv = _transpose(jv.detach(), x) if exact else balance(v, jv.detach(), at.vjp(v).to(jv.dtype))
         penalty, nasym, surrogate, seed = ops.asymmetry(jv, jtv)
         if rewind is not None:
             residual = (seed.detach() * (v.shape[0] / 2)).to(x.dtype)
@@ -128,7 +128,7 @@ def asymmetry(
     return Asymmetry(penalty.detach(), nasym.detach(), at.value, surrogate)
 
 
-def _balance(v: Tensor, jv: Tensor, jtv: Tensor) -> Tensor:
+def balance(v: Tensor, jv: Tensor, jtv: Tensor) -> Tensor:
     """`J^T v` corrected so that `<v, J v> = <v, J^T v>`, as it is but for rounding.
 
     In bfloat16 the component of `J v - J^T v` along `v` is all rounding, and what the backward pass amplifies most.
