@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from harness import RESULTS
 from qcsbm_fast import NoiseStream, Score, ops
 from qcsbm_fast.metrics import asymmetry_by_level
 from qcsbm_fast.sampling.pc import predictor_corrector
-from qcsbm_fast.train import build, checkpoint
+from qcsbm_fast.train import build, trained
 from qcsbm_fast.train.folder import open_run
 
 
@@ -38,14 +38,11 @@ class Run:
 
 
 def load(path: Path) -> tuple[Score, build.Setup, str, int]:
-    config = replace(open_run(path).read_config(), device="cpu")
-    setup = build.build(config)
-    state = checkpoint.load(checkpoint.find(open_run(path).checkpoints))["trainer"]
-    setup.score.eval().load_state_dict(state["ema"]["module"])
+    config, setup, step = trained.load(open_run(path), device="cpu")
     factor = (
         f", factor {config.penalty.balancing_factor:g}" if config.model.kind == "quasi-conservative" else ""
     )
-    return setup.score, setup, config.model.kind + factor, state["steps_done"]
+    return setup.score, setup, config.model.kind + factor, step
 
 
 def denoising_loss(score: Score, x0: Tensor, times: Tensor) -> list[float]:

@@ -27,7 +27,7 @@ from harness import RESULTS
 from qcsbm_fast import NoiseStream, Score
 from qcsbm_fast.linearize import push
 from qcsbm_fast.penalty import asymmetry, balance
-from qcsbm_fast.train import build, checkpoint
+from qcsbm_fast.train import build, trained
 from qcsbm_fast.train.config import Config
 from qcsbm_fast.train.evaluate import evaluate
 from qcsbm_fast.train.folder import open_run
@@ -182,11 +182,9 @@ def main() -> None:
     result: dict[str, object] = {"torch": torch.__version__, "model": dataclasses.asdict(config.model)}
     models = {"random weights": setup.score.eval()}
     if a.run:
-        trained = build.build(config).score.eval()
-        state = checkpoint.load(checkpoint.find(open_run(a.run).checkpoints))["trainer"]
-        trained.load_state_dict(state["ema"]["module"])
-        result["steps"] = state["steps_done"]
-        models[f"{config.data.name}, {state['steps_done']} steps"] = trained
+        _, finished, step = trained.load(open_run(a.run), device="cpu")
+        result["steps"] = step
+        models[f"{config.data.name}, {step} steps"] = finished.score
     else:
         models[f"digits, {a.steps} steps"] = train(config)
     for title, score in models.items():

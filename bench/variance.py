@@ -21,7 +21,7 @@ import harness
 from qcsbm_fast import DenoisingObjective, NoiseStream, Score
 from qcsbm_fast.nn import ImageMLP
 from qcsbm_fast.sde import VE
-from qcsbm_fast.studies.toy2d import load
+from qcsbm_fast.train import trained
 from qcsbm_fast.train.folder import RunFolder
 
 CASES = {
@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=200)
     arguments = parser.parse_args()
     if arguments.run:
-        score, setup = load(RunFolder(arguments.run))
-        train = setup.train
+        setup = trained.load(RunFolder(arguments.run)).setup
+        score, train = setup.score, setup.train
     else:
         score, train = digits()
     variances = {}

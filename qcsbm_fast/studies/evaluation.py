@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qcsbm_fast.metrics import density_coverage, precision_recall, score_error, 
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.noise import SampleNoise
 from qcsbm_fast.score import Score
-from qcsbm_fast.train import build, checkpoint
+from qcsbm_fast.train import build, trained
 from qcsbm_fast.train.draw import draw
 from qcsbm_fast.train.errors import RunError
 from qcsbm_fast.train.evaluate import measure, over_levels
@@ -72,10 +72,7 @@ def evaluate_run(
     what is in the JSON: under "values" a pair of mean and standard error by name (the error None where it is
     not known), under "levels" those of Asym and NAsym by noise level.
     """
-    config = replace(folder.read_config(), device=device)
-    state = checkpoint.read(folder.checkpoints, step)["trainer"]
-    setup = build.build(config)
-    setup.score.eval().load_state_dict(state["ema"]["module"])
+    config, setup, step = trained.load(folder, step, device=device)
     score = build.full_precision(setup.score)
     exact = not setup.image
     stream = NoiseStream(settings.seed, device=setup.device)
@@ -94,7 +91,7 @@ def evaluate_run(
     by_level = values.mean(2), values.std(2) / math.sqrt(values.shape[2])
     result = {
         "run": str(folder.path),
-        "step": state["steps_done"],
+        "step": step,
         "settings": vars(settings),
         "values": {name: list(pair) for name, pair in found.items()},
         "levels": {
@@ -105,7 +102,7 @@ def evaluate_run(
             "nasym_error": by_level[1][2].tolist(),
         },
     }
-    out = folder.path / "evaluation" / str(state["steps_done"])
+    out = folder.path / "evaluation" / str(step)
     _write(out, result, score, setup, config.objective.t_min, train, samples)
     return result
 

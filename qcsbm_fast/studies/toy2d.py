@@ -25,7 +25,7 @@ from qcsbm_fast.sampling.ode import probability_flow
 from qcsbm_fast.score import Score
 from qcsbm_fast.studies import toy2d_plots
 from qcsbm_fast.studies.table import markdown, mean_and_spread
-from qcsbm_fast.train import build, checkpoint, run
+from qcsbm_fast.train import run, trained
 from qcsbm_fast.train.config import Config, Kind
 from qcsbm_fast.train.errors import RunError
 from qcsbm_fast.train.folder import RunFolder, create
@@ -96,7 +96,7 @@ def reproduce(
     (out / "table.md").write_text(table)
     print(f"\n{table}")
     runs = {(d, k): out / _name(d, k, seeds[0], factors[0]) for d in densities for k in kinds}
-    toy2d_plots.gallery(out, {key: load(RunFolder(path))[0] for key, path in runs.items()})
+    toy2d_plots.gallery(out, {key: trained.load(RunFolder(path)).setup.score for key, path in runs.items()})
     if len(factors) > 1:
         toy2d_plots.factor_curves(out / "factors.png", rows)
     return rows
@@ -125,21 +125,12 @@ def _train_and_measure(config: Config, path: Path) -> dict[str, float]:
     folder = RunFolder(path) if (path / "config.yaml").is_file() else create(config, path)
     if not run.train(config, folder):
         raise RunError("the study was interrupted; the same command goes on where it stopped")
-    score, setup = load(folder)
+    setup = trained.load(folder).setup
     rows = read_statistics(path / "stats.jsonl")
     last = [row["dsm"] for row in rows if "dsm" in row and row["step"] > config.optim.steps - 200]
-    values = {"loss": sum(last) / len(last), **measure(score, setup.train, setup.test, config.seed)}
+    values = {"loss": sum(last) / len(last), **measure(setup.score, setup.train, setup.test, config.seed)}
     done.write_text(json.dumps(values))
     return values
-
-
-def load(folder: RunFolder) -> tuple[Score, build.Setup]:
-    """The averaged model of a run's newest checkpoint, with its data."""
-    config = folder.read_config()
-    setup = build.build(config)
-    state = checkpoint.read(folder.checkpoints)
-    setup.score.load_state_dict(state["trainer"]["ema"]["module"])
-    return setup.score, setup
 
 
 def format_table(rows: Sequence[dict[str, Any]], factor: float) -> str:

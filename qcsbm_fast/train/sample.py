@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from qcsbm_fast.sampling.noise import SampleNoise
-from qcsbm_fast.train import build, checkpoint, plots
+from qcsbm_fast.train import checkpoint, plots, trained
 from qcsbm_fast.train.animation import Frames, write_gif
 from qcsbm_fast.train.config import Sampling
 from qcsbm_fast.train.draw import draw
@@ -57,14 +57,12 @@ def sample(
 
     Raises RunError where the parts found are of a job with other settings.
     """
-    state = checkpoint.read(folder.checkpoints, step)["trainer"]
-    setup = build.build(replace(folder.read_config(), device=device))
-    setup.score.eval().load_state_dict(state["ema"]["module"])
-    picture = out or folder.path / f"drawn-{state['steps_done']}-{sampling.sampler}.png"
+    _, setup, step = trained.load(folder, step, device=device)
+    picture = out or folder.path / f"drawn-{step}-{sampling.sampler}.png"
     picture = picture.with_suffix(".png")
     size = batch_size or _MOST[setup.image]
     parts, shard = picture.with_suffix(".parts"), shard or Shard()
-    job = {"checkpoint": state["steps_done"], "seed": seed, "batch_size": size, **asdict(sampling)}
+    job = {"checkpoint": step, "seed": seed, "batch_size": size, **asdict(sampling)}
     _claim(parts, job)
     firsts = list(range(0, sampling.count, size))
     own = firsts[shard.index :: shard.count]
