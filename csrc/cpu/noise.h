@@ -6,16 +6,8 @@
 #pragma once
 
 #include "../math/philox.h"
+#include "intrinsics.h"
 #include "parallel.h"
-
-#if defined(__SSE2__)
-#pragma GCC diagnostic push
-// GCC 12 warns of its own header (bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace qcsbm::QCSBM_ISA {
 

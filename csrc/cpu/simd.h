@@ -2,12 +2,9 @@
 // Accumulators held in them stay in registers, which it does not manage for arrays.
 #pragma once
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include "../math/common.h"
 #include "../math/elementary.h"
+#include "intrinsics.h"
 #include "parallel.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"

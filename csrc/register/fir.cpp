@@ -11,21 +11,13 @@ Tensor forward(const Tensor& x, const std::vector<double>& taps, int64_t up, int
   check_images(x, "fir", "x");
   STD_TORCH_CHECK(!taps.empty() && up >= 1 && down >= 1 && rows >= 0 && cols >= 0, "fir: up, down, rows, cols, taps");
   const int64_t d = x.dim(), channels = x.size(d - 3), height = x.size(d - 2), width = x.size(d - 1);
-  int64_t images = 1;
-  std::vector<int64_t> size;
-  for (int64_t axis = 0; axis < d - 3; ++axis) {
-    images *= x.size(axis);
-    size.push_back(x.size(axis));
-  }
-  size.insert(size.end(), {rows, cols, channels});
-  Tensor y = torch::stable::new_empty(x, size);
+  Tensor y = empty_images(x, rows, cols);
   if (x.numel() > 0)
     for_type(x.scalar_type(), "fir", [&]<typename T>() {
-      QCSBM_RUN(fir, (T), in<T>(x), taps.data(), out<T>(y), images, height, width, channels, rows, cols,
+      QCSBM_RUN(fir, (T), in<T>(x), taps.data(), out<T>(y), count_images(x), height, width, channels, rows, cols,
                 static_cast<int64_t>(taps.size()), up, down, pad);
     });
-  using torch::stable::transpose;
-  return transpose(transpose(y, d - 2, d - 1), d - 3, d - 2);  // (*, H, W, C) as (*, C, H, W)
+  return y;
 }
 
 }  // namespace

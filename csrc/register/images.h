@@ -1,5 +1,7 @@
-// Argument checks of the image ops: channels-last images (B, C, H, W) and their tangents (K, B, C, H, W).
+// What the image ops' registrations share: argument checks and results of channels-last images (B, C, H, W) and their tangents (K, B, C, H, W).
 #pragma once
+
+#include <vector>
 
 #include "common.h"
 
@@ -38,5 +40,23 @@ inline void check_images_like(const Tensor& t, const Tensor& reference, const ch
 
 // Channels-last with the shape of `like`.
 inline Tensor empty_images(const Tensor& like) { return torch::stable::empty_like(like); }
+
+// How many images (C, H, W) there are in (*, C, H, W).
+inline int64_t count_images(const Tensor& t) {
+  int64_t images = 1;
+  for (int64_t axis = 0; axis < t.dim() - 3; ++axis) images *= t.size(axis);
+  return images;
+}
+
+// Channels-last, of another height and width than `like`.
+inline Tensor empty_images(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t d = like.dim();
+  std::vector<int64_t> size;
+  for (int64_t axis = 0; axis < d - 3; ++axis) size.push_back(like.size(axis));
+  size.insert(size.end(), {rows, cols, like.size(d - 3)});
+  using torch::stable::transpose;
+  const Tensor stored = torch::stable::new_empty(like, size);
+  return transpose(transpose(stored, d - 2, d - 1), d - 3, d - 2);  // (*, H, W, C) as (*, C, H, W)
+}
 
 }  // namespace qcsbm

@@ -15,27 +15,20 @@ Tensor forward(const Tensor& x, const std::vector<double>& taps, int64_t up, int
   STD_TORCH_CHECK(!taps.empty() && up >= 1 && down >= 1 && rows >= 0 && cols >= 0, "fir: up, down, rows, cols, taps");
   STD_TORCH_CHECK(taps.size() <= kMaxTaps, "fir: taps expected at most ", kMaxTaps, " on a GPU, got ", taps.size());
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t d = x.dim(), channels = x.size(d - 3);
-  int64_t images = 1;
-  std::vector<int64_t> size;
-  for (int64_t axis = 0; axis < d - 3; ++axis) {
-    images *= x.size(axis);
-    size.push_back(x.size(axis));
-  }
-  size.insert(size.end(), {rows, cols, channels});
-  Tensor y = torch::stable::new_empty(x, size);
+  const int64_t d = x.dim();
+  Tensor y = empty_images(x, rows, cols);
   if (x.numel() && y.numel()) {
     for_cuda_type(x.scalar_type(), "fir", [&]<typename T>() {
       using A = acc_t<T>;
       const auto narrow = [](int64_t value) { return static_cast<int>(value); };
       Filter<A> filter{{}, narrow(static_cast<int64_t>(taps.size())), narrow(up), narrow(down), narrow(pad)};
       for (size_t j = 0; j < taps.size(); ++j) filter.f[j] = static_cast<A>(taps[j]);
-      const FirSizes s{images, narrow(x.size(d - 2)), narrow(x.size(d - 1)), narrow(channels), narrow(rows), narrow(cols)};
+      const FirSizes s{count_images(x), narrow(x.size(d - 2)), narrow(x.size(d - 1)), narrow(x.size(d - 3)), narrow(rows),
+                       narrow(cols)};
       check_launch(cuda::fir<T>(in<T>(x), out<T>(y), filter, s, current_stream(x)), "fir");
     });
   }
-  using torch::stable::transpose;
-  return transpose(transpose(y, d - 2, d - 1), d - 3, d - 2);  // (*, H, W, C) as (*, C, H, W)
+  return y;
 }
 
 }  // namespace
