@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from command_line import call
 from qcsbm_fast import cli
 from qcsbm_fast.commands import train
 from qcsbm_fast.train import checkpoint, run
@@ -22,17 +23,6 @@ TINY = """
     --steps 6 --optim.batch-size 32 --log-every 2 --checkpoint.every 4 --device cpu
     --evaluation.points 20 --evaluation.levels 2 --evaluation.every 0 --sampling.count 20 --sampling.steps 5
 """
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit status, output and errors."""
-    capsys.readouterr()
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)

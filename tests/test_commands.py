@@ -12,6 +12,7 @@ import torch
 from matplotlib.image import imread
 from PIL import Image
 
+from command_line import call
 from qcsbm_fast import cli
 from qcsbm_fast.train import sample
 
@@ -40,16 +41,6 @@ def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setenv("COLUMNS", "100")
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    try:
-        status = cli.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def samples(path: str) -> np.ndarray:
