@@ -131,8 +131,7 @@ def get_smld_loss_fn(vesde: Any, train: bool, reduce_mean: bool = False) -> Loss
     Raises:
         ValueError: for another SDE than a variance-exploding one.
     """
-    process = as_process(vesde)
-    if not (isinstance(process, VE) or family(vesde) == "ve"):
+    if not (isinstance(as_process(vesde), VE) or family(vesde) == "ve"):
         raise ValueError(f"vesde: expected a variance-exploding SDE, got {type(vesde).__name__}")
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
@@ -152,8 +151,7 @@ def get_ddpm_loss_fn(vpsde: Any, train: bool, reduce_mean: bool = True) -> LossF
     Raises:
         ValueError: for another SDE than a variance-preserving one.
     """
-    process = as_process(vpsde)
-    if not (isinstance(process, VP) or family(vpsde) == "vp"):
+    if not (isinstance(as_process(vpsde), VP) or family(vpsde) == "vp"):
         raise ValueError(f"vpsde: expected a variance-preserving SDE, got {type(vpsde).__name__}")
 
     def loss_fn(model: Any, batch: Tensor) -> Tensor:
