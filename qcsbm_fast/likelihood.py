@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from qcsbm_fast.ops.registry import per_row
 from qcsbm_fast.random import NoiseStream, as_stream
 from qcsbm_fast.sampling.dormand_prince import solve
 from qcsbm_fast.sampling.ode import levels, log_noise, scale_at
+from qcsbm_fast.sampling.progress import log_noise_bar
 from qcsbm_fast.sde import ScoreFunction
 
 
@@ -28,6 +30,7 @@ def log_likelihood(
     probes: int = 1,
     generator: NoiseStream | torch.Generator | None = None,
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Log-density in nats of each sample of `x (B, *)`, `(B,)` in float64, under the model at time `t_min`.
 
@@ -38,7 +41,8 @@ def log_likelihood(
     each sample with steps of its own, to the tolerances `rtol` and `atol` on y and on the integral; the
     network runs in x's dtype. The divergence of s is `exact` (as many tangents as dimensions), or
     Hutchinson's with `probes` Rademacher probes a sample, drawn from `generator` (None: seeded from torch's
-    own) and held along the path: unbiased. `batch_size` bounds the memory.
+    own) and held along the path: unbiased. `batch_size` bounds the memory. `progress` shows a bar of the log-noise
+    that the slowest sample has covered, batch after batch.
 
     Raises:
         ValueError: for fewer than one probe, or where std is 0 at t_min.
@@ -50,16 +54,26 @@ def log_likelihood(
     if not exact:
         stream = as_stream(generator, x.device)
         v = torch.stack([stream.rademacher(x.shape, x.dtype) for _ in range(probes)])
-    size = batch_size or len(x)
-    parts = [
-        _log_likelihood(score, part, None if v is None else v[:, at : at + size], rtol, atol, t_min)
-        for at, part in zip(range(0, len(x), size), x.split(size), strict=True)
-    ]
+    size = batch_size or max(len(x), 1)
+    start, end, parts = log_noise(score.sde, t_min), log_noise(score.sde, 1.0), []
+    batches = math.ceil(len(x) / size)
+    with log_noise_bar(0.0, batches * (end - start), name="likelihood", shown=progress) as covered:
+        for batch, part in enumerate(x.split(size)):
+            probe = None if v is None else v[:, batch * size : (batch + 1) * size]
+            before = batch * (end - start) - start
+            reached = None if covered is None else lambda noise, before=before: covered(before + noise)
+            parts.append(_log_likelihood(score, part, probe, rtol, atol, t_min, reached))
     return torch.cat(parts)
 
 
 def _log_likelihood(
-    score: ScoreFunction, x: Tensor, v: Tensor | None, rtol: float, atol: float, t_min: float
+    score: ScoreFunction,
+    x: Tensor,
+    v: Tensor | None,
+    rtol: float,
+    atol: float,
+    t_min: float,
+    reached: Callable[[float], None] | None,
 ) -> Tensor:
     """As `log_likelihood`, with the probes `v (K, B, *)`, None for the exact divergence."""
     sde, dim = score.sde, x[0].numel()
@@ -74,7 +88,8 @@ def _log_likelihood(
         return torch.cat((flow, (-std.square() * spread)[:, None]), 1)
 
     start = torch.cat((x.double().flatten(1) / scale_at(sde, t_min), x.new_zeros(len(x), 1).double()), 1)
-    end = solve(velocity, start, log_noise(sde, t_min), log_noise(sde, 1.0), rtol=rtol, atol=atol)
+    span = log_noise(sde, t_min), log_noise(sde, 1.0)
+    end = solve(velocity, start, *span, rtol=rtol, atol=atol, reached=reached)
     stretch = dim * float(sde.log_mean(torch.tensor([t_min, 1.0]).double()).diff())
     return sde.prior_log_prob(end[:, :-1] * scale_at(sde, 1.0)) + stretch + end[:, -1]
 
@@ -111,6 +126,7 @@ def dequantized_bits_per_dim(
     exact: bool = False,
     probes: int = 1,
     batch_size: int = 100,
+    progress: bool = False,
 ) -> BitsPerDim:
     """Bits per dimension of data `x (B, *)` in [0, 1] with `quantization` even values, B at least 2.
 
@@ -127,7 +143,7 @@ def dequantized_bits_per_dim(
         spread = ((quantization - 1) * x + stream.uniform(x.shape, x.dtype)) / quantization
         nats = log_likelihood(
             score, spread, rtol=rtol, atol=atol, t_min=t_min, exact=exact, probes=probes, generator=stream,
-            batch_size=batch_size,
+            batch_size=batch_size, progress=progress,
         )  # fmt: skip
         rows.append(bits_per_dim(nats, x[0].numel(), quantization))
     bits = torch.stack(rows)

@@ -66,11 +66,15 @@ def test_hutchinson_is_unbiased() -> None:
     torch.testing.assert_close(again, estimates, rtol=0, atol=0)
 
 
-def test_batches_make_no_difference() -> None:
+def test_batches_make_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
     score, x = GaussianScore(SDES["ve"]), samples(12)
     whole = log_likelihood(score, x, t_min=T_MIN, probes=2, generator=NoiseStream(1))
     parts = log_likelihood(score, x, t_min=T_MIN, probes=2, generator=NoiseStream(1), batch_size=5)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    assert not capsys.readouterr().err
+    options = {"t_min": T_MIN, "probes": 2, "batch_size": 5, "progress": True}
+    assert torch.equal(log_likelihood(score, x, generator=NoiseStream(1), **options), parts)
+    assert "log-noise 10.1/10.1" in capsys.readouterr().err  # three batches of 0.99 log 30
     with pytest.raises(ValueError, match="probes: expected at least 1, got 0"):
         log_likelihood(score, x, probes=0)
 

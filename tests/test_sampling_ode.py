@@ -102,6 +102,36 @@ def test_each_sample_has_steps_of_its_own() -> None:
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.0, 2.0), (2.0, 0.0)])
+def test_progress_is_that_of_the_slowest_sample(start: float, end: float) -> None:
+    """It goes to the end step by step, and no sample's last evaluation lies behind it."""
+    sign = math.copysign(1.0, end - start)
+    latest, seen, behind = torch.full((20,), start, dtype=torch.float64), [], []
+
+    def watched(t: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        latest[rows] = t
+        return oscillator(t, y, rows)
+
+    def reached(at: float) -> None:
+        seen.append(at)
+        behind.append(bool((sign * latest < sign * at - 1e-12).any()))
+
+    dormand_prince.solve(watched, START, start, end, rtol=1e-6, atol=1e-6, reached=reached)
+    assert all(sign * b >= sign * a for a, b in pairwise(seen))
+    assert len(set(seen)) > 20
+    assert seen[-1] == end
+    assert not any(behind)
+
+
+def test_bar_of_the_flow(capsys: pytest.CaptureFixture[str]) -> None:
+    score = GaussianScore(VE(0.01, 10.0))
+    for options in ({}, {"steps": 9}, {"watch": lambda i, x: None}):
+        probability_flow(score, (20, 2), stream=NoiseStream(0), progress=True, **options)  # pyright: ignore
+        assert "log-noise 6.9/6.9" in capsys.readouterr().err
+        probability_flow(score, (20, 2), stream=NoiseStream(0), **options)  # pyright: ignore
+        assert not capsys.readouterr().err
+
+
 def test_dormand_prince_against_torchdiffeq() -> None:
     """The flow of a mixture, both solvers to 1e-9: the same points to 1e-7."""
     torchdiffeq = pytest.importorskip("torchdiffeq")
@@ -148,7 +178,11 @@ def test_any_function_is_a_score_and_is_watched() -> None:
     for options in ({}, {"steps": 50}):
         frames.clear()
         samples = probability_flow(
-            score, (4000, 2), stream=SampleNoise(0, 0), watch=lambda i, x: frames.append((i, x)), **options
+            score,
+            (4000, 2),
+            stream=SampleNoise(0, 0),
+            watch=lambda i, x: frames.append((i, x)),
+            **options,  # pyright: ignore
         )
         assert [i for i, _ in frames] == list(range(len(frames)))
         spreads = [x.std().item() for _, x in frames]

@@ -29,12 +29,21 @@ _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
 
 
 @torch.no_grad()
-def solve(velocity: Velocity, state: Tensor, start: float, end: float, *, rtol: float, atol: float) -> Tensor:
+def solve(
+    velocity: Velocity,
+    state: Tensor,
+    start: float,
+    end: float,
+    *,
+    rtol: float,
+    atol: float,
+    reached: Callable[[float], None] | None = None,
+) -> Tensor:
     """The states `(B, N)` at time `end`, in float64, of dy/dt = velocity from `state (B, N)` at time `start`.
 
     In each sample by itself, a step's error estimate, divided by atol + rtol |y| entry by entry, has a root
     mean square of at most 1: a sample's path does not depend on the others. Those that have arrived are not
-    evaluated any more.
+    evaluated any more. `reached` is called on the way with the time that the slowest sample has reached.
 
     Raises RuntimeError where a step vanishes or the velocity is not finite.
     """
@@ -69,6 +78,8 @@ def solve(velocity: Velocity, state: Tensor, start: float, end: float, *, rtol: 
         if arrived.any():
             result[rows[arrived]] = y[arrived]
             t, y, rows, slope, step, limit = (v[~arrived] for v in (t, y, rows, slope, step, limit))
+        if reached:
+            reached((t.min() if start < end else t.max()).item() if len(t) else end)
     return result
 
 

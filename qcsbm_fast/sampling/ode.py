@@ -20,6 +20,7 @@ from torch import Tensor
 from qcsbm_fast.ops.registry import per_row
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling import dormand_prince, heun
+from qcsbm_fast.sampling.progress import log_noise_bar
 from qcsbm_fast.sde import SDE, ScoreFunction
 
 _FRAMES = 32
@@ -37,13 +38,15 @@ def probability_flow(
     t_min: float = 1e-5,
     denoise: bool = True,
     watch: Callable[[int, Tensor], None] | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Draw samples of shape `size` (batch first), float32 on the stream's device.
 
     The ODE runs from the prior at t = 1 to `t_min`, the network in float32: by Dormand and Prince's method,
     each sample with steps of its own to the tolerances `rtol` and `atol` on y, or in `steps` steps of Heun's,
     even in l. `denoise` ends with the posterior mean of x_0 at t_min, (x + std^2 s) / m (Tweedie's formula).
-    `watch` is called with a number, from 0, and the state x / m on the way.
+    `watch` is called with a number, from 0, and the state x / m on the way. `progress` shows a bar of the log-noise
+    that the slowest sample has covered.
 
     Raises:
         ValueError: where std is 0 at t_min.
@@ -64,13 +67,15 @@ def probability_flow(
 
     start, end = log_noise(sde, 1.0), log_noise(sde, t_min)
     y = prior.double().flatten(1) / scale_at(sde, 1.0)
-    if steps is not None:
-        y = heun.solve(velocity, y, torch.linspace(start, end, steps + 1, dtype=torch.float64), show)
-    else:
-        cuts = torch.linspace(start, end, _FRAMES + 1 if watch else 2, dtype=torch.float64).tolist()
-        for frame, (here, there) in enumerate(pairwise(cuts)):
-            y = dormand_prince.solve(velocity, y, here, there, rtol=rtol, atol=atol)
-            show(frame, y)
+    with log_noise_bar(start, end, name="sampling", shown=progress) as reached:
+        if steps is not None:
+            times = torch.linspace(start, end, steps + 1, dtype=torch.float64)
+            y = heun.solve(velocity, y, times, show, reached)
+        else:
+            cuts = torch.linspace(start, end, _FRAMES + 1 if watch else 2, dtype=torch.float64).tolist()
+            for frame, (here, there) in enumerate(pairwise(cuts)):
+                y = dormand_prince.solve(velocity, y, here, there, rtol=rtol, atol=atol, reached=reached)
+                show(frame, y)
     x = (y * scale_at(sde, t_min)).to(prior.dtype).view(prior.shape)
     if denoise:
         t = x.new_full((len(x),), t_min)

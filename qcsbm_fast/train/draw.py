@@ -52,6 +52,7 @@ def draw(
             steps=sampling.steps if sampling.sampler == "heun" else None,
             stream=stream,
             watch=watch,
+            progress=progress,
         )
     except (RuntimeError, ValueError) as error:
         raise RunError(f"no samples: {error}") from error
