@@ -69,7 +69,7 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("model: {ch_mult: []}", "model.ch_mult should have at least 1 item"),
         ("model: {ch_mult: [1, 0]}", "model.ch_mult.1 should be greater than or equal to 1, got 0"),
         ("model: {progressive: sum}", "model.progressive should be 'none', 'output_skip' or 'residual'"),
-        ("precision: float16", "precision should be 'float32' or 'bfloat16'"),
+        ("precision: int8", "precision should be 'float32', 'bfloat16' or 'float16'"),
         ("preset: spirals\nmodel: {network: ncsnpp}", "ncsnpp is for images; use toy-mlp for spirals"),
         ("model: {network: toy-mlp}", "settings.yaml: model.network: toy-mlp is for points of the plane"),
         ("penalty: 3", "penalty should be a section of settings, got 3"),

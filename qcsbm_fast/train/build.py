@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcsbm_fast import data
+from qcsbm_fast import cuda_graph, data
 from qcsbm_fast.nn import ImageMLP, NCSNpp, NCSNppConfig, ToyMLP
 from qcsbm_fast.objectives import DenoisingObjective
 from qcsbm_fast.random import NoiseStream
@@ -18,6 +18,7 @@ from qcsbm_fast.score import Score
 from qcsbm_fast.sde import sde_from_name
 from qcsbm_fast.train.config import Config
 from qcsbm_fast.train.errors import ConfigError
+from qcsbm_fast.train.precision import policy
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Setup:
 def build(config: Config) -> Setup:
     """Load the data and make the score model, its initial weights drawn from `config.seed`.
 
-    Raises ConfigError where the device or the data set is not there, or the network does not fit the images.
+    Raises ConfigError where the device or the data set is not there, the device does not take the precision, or the
+    network does not fit the images.
     """
     device = find_device(config.device)
     try:
@@ -57,7 +59,7 @@ def build(config: Config) -> Setup:
         raise ConfigError(f"data: {error}") from None
     sde = sde_from_name(config.sde.name, **config.sde.parameters())
     torch.manual_seed(config.seed)
-    autocast = torch.bfloat16 if config.precision == "bfloat16" else None
+    autocast = policy(config.precision, device).autocast
     score = Score(_network(config, dataset.train.shape[1:]), sde, config.model.kind, autocast=autocast)
     test = data.as_float(dataset.test).to(device)
     return Setup(device, dataset.train.to(device), test, dataset.image, score.to(device))
@@ -86,6 +88,28 @@ def objective(config: Config, score: Score, stream: NoiseStream) -> DenoisingObj
         half=config.objective.half,
         t_min=config.objective.t_min,
     )
+
+
+def captures_step(config: Config, device: torch.device, *, several: bool) -> bool:
+    """Whether a training step is a CUDA graph, `several` being whether several processes train together.
+
+    Raises ConfigError where the settings insist on one and it cannot be.
+    """
+    obstacle = None
+    twice = config.model.kind == "conservative" or (
+        config.penalty.estimator == "symmetric" and not config.penalty.exact
+    )
+    if device.type != "cuda":
+        obstacle = f"that needs an NVIDIA GPU and this run is on {device}"
+    elif several:
+        obstacle = "several processes train together, which exchange gradients outside of a graph"
+    elif twice and config.model.network == "ncsnpp" and config.model.dropout > 0:
+        why = "the conservative kind" if config.model.kind == "conservative" else "the symmetric estimator"
+        obstacle = f"{why} draws each dropout mask twice, which a graph cannot; set model.dropout to 0"
+    try:
+        return cuda_graph.wanted(config.optim.cuda_graph, obstacle)
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from None
 
 
 def find_device(name: str) -> torch.device:

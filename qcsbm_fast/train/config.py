@@ -195,6 +195,8 @@ class Optim:
     """Steps over which the learning rate rises linearly; 0 for none."""
     ema: BelowOne = 0.999
     """Decay of the averaged weights that evaluation and sampling use; 0 for the plain weights."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the whole step as one CUDA graph; auto: on one GPU, where the settings allow it."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is infinite or not a number is never taken: stop there, or count it and go on."""
 
@@ -241,6 +243,8 @@ class Sampling:
     """pc: corrector steps at each noise level."""
     snr: Positive = 0.16
     """pc: signal-to-noise ratio that sets the Langevin step."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """pc: capture a step of the sampler as a CUDA graph; auto: on a GPU."""
     rtol: Positive = 1e-4
     """ode: relative tolerance."""
     atol: Positive = 1e-5
@@ -267,9 +271,9 @@ class Config:
     """Seed of weights, data order, noise and probes."""
     device: str = "auto"
     """auto: a GPU where there is one, otherwise the CPU; or a torch device such as cpu or cuda:1."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network's layers in training and sampling; weights, averages, optimiser and held-out
-    measurements are float32."""
+    measurements are float32. float16 is for GPUs and scales the loss."""
     log_every: Count = 50
     """Steps that one line of stats.jsonl averages over."""
     data: Data = dataclasses.field(default_factory=Data)

@@ -21,6 +21,7 @@ from qcsbm_fast.train.errors import ConfigError, RunError
 from qcsbm_fast.train.evaluate import evaluate
 from qcsbm_fast.train.folder import RunFolder
 from qcsbm_fast.train.interrupt import Interrupt
+from qcsbm_fast.train.precision import policy
 from qcsbm_fast.train.stats import Statistics
 from qcsbm_fast.train.trainer import Trainer
 
@@ -84,7 +85,8 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a run at its first step.
 
-    Raises ConfigError for data that are not finite, or a batch smaller than the number of processes.
+    Raises ConfigError for data that are not finite, a batch smaller than the number of processes, or a CUDA graph that
+    is asked for and cannot be.
     """
     if setup.train.is_floating_point():
         finite = setup.train.isfinite().flatten(1).all(1)
@@ -109,6 +111,8 @@ def make_trainer(
         seed=config.seed,
         flip=config.data.flip,
         processes=processes,
+        scaled=policy(config.precision, setup.device).scaled,
+        graph=build.captures_step(config, setup.device, several=processes.several),
     )
 
 
@@ -213,7 +217,7 @@ class _Run:
         self._begin_interval()
         step = self.trainer.steps_done
         progress = {"images": self.trainer.images, "seconds": self.seconds, "images_per_second": rate}
-        if self.config.optim.nonfinite == "skip":
+        if self.config.optim.nonfinite == "skip" or self.config.precision == "float16":
             progress["skipped"] = self.trainer.skipped
         if self.statistics is not None:
             self.statistics.write(step, {**progress, "lr": self.trainer.learning_rate(step), **statistics})
