@@ -27,7 +27,8 @@ def test_study_writes_table_numbers_and_pictures_once(tmp_path, small, monkeypat
     assert json.loads((tmp_path / "results.json").read_text()) == rows
     table = (tmp_path / "table.md").read_text()
     assert f"{rows[0]['nll']:.4g}" in table
-    assert f"{rows[2]['nll']:.6g}" not in table  # the second factor is for the curve only
+    assert table.count("| quasi-conservative |") == 1  # the second factor is for the sweep only
+    assert f"| 10 | {rows[2]['loss']:.4g} |" in table
     for picture in ("samples.png", "fields.png", "factors.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
 

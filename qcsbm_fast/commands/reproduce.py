@@ -10,6 +10,7 @@ import tyro
 
 from qcsbm_fast.commands.options import FLAT, option
 from qcsbm_fast.train.config import Kind
+from qcsbm_fast.train.errors import ConfigError
 
 Density = Literal["checkerboard", "eight-gaussians", "spirals"]
 
@@ -19,10 +20,10 @@ class Toy2D:
     """Section 3.2: unconstrained, conservative and quasi-conservative models of 2-D densities.
 
     Their denoising loss, negative log-likelihood, score error, Asym, NAsym, precision and recall; samples and
-    vector fields; with several factors, what the penalty buys.
+    vector fields; and a sweep of the balancing factor, what the penalty costs and buys.
 
     - qcsbm reproduce toy2d
-    - qcsbm reproduce toy2d --densities checkerboard --factors 0.1 1 10
+    - qcsbm reproduce toy2d --densities checkerboard --seeds 0 --factors 0.1 10
     - qcsbm reproduce toy2d --fast
     """
 
@@ -32,16 +33,25 @@ class Toy2D:
     """Kinds of models."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training for each; the table shows the spread."""
-    factors: tuple[float, ...] = (0.1,)
-    """Balancing factors of the quasi-conservative models: the first for the table, all for the curve."""
+    factors: tuple[float, ...] = (0.1, 1.0, 10.0)
+    """Balancing factors of the quasi-conservative models: the first for the table; all, for the first density and
+    seed, for the sweep."""
     steps: Annotated[int | None, option("INT", "(default: the paper's)")] = None
     """Optimiser steps of each training."""
+    jobs: Annotated[int | None, option("INT", "(default: the cores)")] = None
+    """Models trained at a time, each in a process of its own."""
     fast: bool = False
     """A minute's look: one density, one seed, 100 steps."""
     out: Path = Path("runs/toy2d")
     """Folder for the runs, table.md, results.json and the pictures."""
 
+    def __post_init__(self) -> None:
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"--jobs should be 1 or more, got {self.jobs}")
+
     def run(self) -> None:
+        import torch
+
         from qcsbm_fast.studies import toy2d
 
         toy2d.reproduce(
@@ -51,6 +61,7 @@ class Toy2D:
             seeds=self.seeds[:1] if self.fast else self.seeds,
             factors=self.factors,
             steps=self.steps or (100 if self.fast else None),
+            workers=self.jobs or torch.get_num_threads(),
         )
 
 

@@ -13,19 +13,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qcsbm_fast.likelihood import log_likelihood
-from qcsbm_fast.metrics import asymmetry_by_level, precision_recall, score_error
+from qcsbm_fast.metrics import precision_recall, score_error
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.ode import probability_flow
 from qcsbm_fast.score import Score
 from qcsbm_fast.studies import toy2d_plots
+from qcsbm_fast.studies.parallel import INTERRUPTED, run_all
 from qcsbm_fast.studies.table import markdown, mean_and_spread
-from qcsbm_fast.train import run, trained
+from qcsbm_fast.train import evaluate, run, trained
 from qcsbm_fast.train.config import Config, Kind
 from qcsbm_fast.train.errors import RunError
 from qcsbm_fast.train.folder import RunFolder, create
@@ -50,9 +51,9 @@ _POINTS = 5000
 def measure(score: Score, train: Tensor, test: Tensor, seed: int) -> dict[str, float]:
     """All columns but the loss, for a score of points `(N, 2)`; deterministic in `seed`."""
     stream = NoiseStream(seed)
-    times = (torch.arange(_LEVELS) + 0.5) / _LEVELS
     points = train[:_POINTS]
-    asymmetry = asymmetry_by_level(score, points, times, stream, exact=True)
+    times, values = evaluate.measure(score, points, stream, levels=_LEVELS, probes=1, exact=True, half=False)
+    found = evaluate.over_levels(values)
     error = score_error(score, train, points, times, stream)
     nats = log_likelihood(score, test[:_POINTS], exact=True)
     samples = probability_flow(score, (_POINTS, 2), stream=stream)
@@ -60,8 +61,8 @@ def measure(score: Score, train: Tensor, test: Tensor, seed: int) -> dict[str, f
     return {
         "nll": -nats.mean().item(),
         "score_error": error.mean().item(),
-        "asym": asymmetry.asym.mean().item(),
-        "nasym": asymmetry.nasym.mean().item(),
+        "asym": found["asym"].mean,
+        "nasym": found["nasym"].mean,
         "precision": quality.precision,
         "recall": quality.recall,
     }
@@ -69,7 +70,7 @@ def measure(score: Score, train: Tensor, test: Tensor, seed: int) -> dict[str, f
 
 def reproduce(
     out: Path, *, densities: Sequence[str], kinds: Sequence[Kind], seeds: Sequence[int], factors: Sequence[float],
-    steps: int | None = None,
+    steps: int | None = None, workers: int = 1,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Trains and measures every combination, then writes table.md, results.json and the pictures to `out`.
 
@@ -77,42 +78,73 @@ def reproduce(
         densities: presets to run, such as "checkerboard".
         kinds: kinds of models.
         seeds: one training each.
-        factors: balancing factors of the quasi-conservative models; the first is the table's, all are the curve's.
+        factors: balancing factors of the quasi-conservative models: the first is the table's; the others, for the
+            first density and seed, are the sweep's.
         steps: optimiser steps in place of the paper's.
+        workers: how many models are trained at a time.
 
     Raises:
         RunError: if training was interrupted; calling again goes on where it stopped.
     """
-    rows = []
-    for density in densities:
-        for seed in seeds:
-            for kind in kinds:
-                for factor in factors if kind == "quasi-conservative" else (0.0,):
-                    config = _config(density, kind, seed, factor, steps)
-                    values = _train_and_measure(config, out / _name(density, kind, seed, factor))
-                    rows.append({"density": density, "kind": kind, "seed": seed, "factor": factor, **values})
-    table = format_table(rows, factors[0])
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
-    (out / "table.md").write_text(table)
-    print(f"\n{table}")
-    runs = {(d, k): out / _name(d, k, seeds[0], factors[0]) for d in densities for k in kinds}
-    toy2d_plots.gallery(out, {key: trained.load(RunFolder(path)).setup.score for key, path in runs.items()})
+    cells = [
+        _Cell(density, kind, seed, factors[0] if kind == "quasi-conservative" else 0.0)
+        for density in densities
+        for seed in seeds
+        for kind in kinds
+    ]
+    if "quasi-conservative" in kinds:
+        cells += [_Cell(densities[0], "quasi-conservative", seeds[0], factor) for factor in factors[1:]]
+    pieces = {out / cell.name: (_config(cell, steps), out / cell.name) for cell in cells}
+    run_all(
+        _train_and_measure,
+        pieces,
+        workers=min(workers, len(pieces)),
+        total=sum(config.optim.steps for config, _ in pieces.values()),
+        done=lambda: sum(_steps_done(path) for path in pieces),
+    )
+    rows = [
+        cell._asdict() | _train_and_measure(*piece)
+        for cell, piece in zip(cells, pieces.values(), strict=True)
+    ]
+    tables = [format_table(rows, factors[0])]
     if len(factors) > 1:
-        toy2d_plots.factor_curves(out / "factors.png", rows)
+        sweep = [row for row in rows if row["density"] == densities[0] and row["seed"] == seeds[0]]
+        tables.append(format_sweep(sweep))
+        toy2d_plots.factor_curves(out / "factors.png", sweep)
+    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    (out / "table.md").write_text("\n".join(tables))
+    print("\n" + "\n".join(tables))
+    runs = {
+        (c.density, c.kind): out / c.name
+        for c in cells
+        if c.seed == seeds[0] and c.factor in (0.0, factors[0])
+    }
+    toy2d_plots.gallery(out, {key: trained.load(RunFolder(path)).setup.score for key, path in runs.items()})
     return rows
 
 
-def _name(density: str, kind: Kind, seed: int, factor: float) -> str:
-    return f"{density}-{kind}-{seed}" + (f"-factor{factor:g}" if kind == "quasi-conservative" else "")
+class _Cell(NamedTuple):
+    """A model of the study."""
+
+    density: str
+    kind: Kind
+    seed: int
+    factor: float
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        own = f"-factor{self.factor:g}" if self.kind == "quasi-conservative" else ""
+        return f"{self.density}-{self.kind}-{self.seed}{own}"
 
 
-def _config(density: str, kind: Kind, seed: int, factor: float, steps: int | None) -> Config:
-    preset = PRESETS[density]  # pyright: ignore[reportArgumentType]
+def _config(cell: _Cell, steps: int | None) -> Config:
+    preset = PRESETS[cell.density]
     return dataclasses.replace(
         preset,
-        seed=seed,
-        model=dataclasses.replace(preset.model, kind=kind),
-        penalty=dataclasses.replace(preset.penalty, balancing_factor=factor),
+        seed=cell.seed,
+        model=dataclasses.replace(preset.model, kind=cell.kind),
+        penalty=dataclasses.replace(preset.penalty, balancing_factor=cell.factor),
         optim=dataclasses.replace(preset.optim, steps=steps or preset.optim.steps),
     )
 
@@ -124,13 +156,18 @@ def _train_and_measure(config: Config, path: Path) -> dict[str, float]:
         return json.loads(done.read_text())
     folder = RunFolder(path) if (path / "config.yaml").is_file() else create(config, path)
     if not run.train(config, folder):
-        raise RunError("the study was interrupted; the same command goes on where it stopped")
+        raise RunError(INTERRUPTED)
     setup = trained.load(folder).setup
     rows = read_statistics(path / "stats.jsonl")
     last = [row["dsm"] for row in rows if "dsm" in row and row["step"] > config.optim.steps - 200]
     values = {"loss": sum(last) / len(last), **measure(setup.score, setup.train, setup.test, config.seed)}
     done.write_text(json.dumps(values))
     return values
+
+
+def _steps_done(path: Path) -> int:
+    rows = read_statistics(path / "stats.jsonl")
+    return rows[-1]["step"] if rows else 0
 
 
 def format_table(rows: Sequence[dict[str, Any]], factor: float) -> str:
@@ -140,3 +177,10 @@ def format_table(rows: Sequence[dict[str, Any]], factor: float) -> str:
         group = [r for r in rows if (r["density"], r["kind"]) == key and r["factor"] in (0.0, factor)]
         lines.append([*key, *(mean_and_spread([r[column] for r in group]) for column in COLUMNS)])
     return markdown(["density", "kind", *COLUMNS.values()], lines)
+
+
+def format_sweep(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line per balancing factor of one density and seed, the unconstrained model's first."""
+    rows = sorted((r for r in rows if r["kind"] != "conservative"), key=lambda row: row["factor"])
+    lines = [[f"{row['factor']:g}", *(f"{row[column]:.4g}" for column in COLUMNS)] for row in rows]
+    return markdown([f"factor ({rows[0]['density']}, seed {rows[0]['seed']})", *COLUMNS.values()], lines)

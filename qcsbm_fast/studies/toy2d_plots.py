@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.ode import probability_flow
 from qcsbm_fast.score import Score
 
 _EXTENT = 10.0
+_BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 
 
 def gallery(out: Path, scores: Mapping[tuple[str, str], Score]) -> None:
@@ -34,7 +36,7 @@ def gallery(out: Path, scores: Mapping[tuple[str, str], Score]) -> None:
 
 def _samples(ax: Any, score: Score) -> None:
     points = probability_flow(score, (5000, 2), stream=NoiseStream(0)).numpy()
-    ax.scatter(points[:, 0], points[:, 1], s=1.2, color="#1f5fa8", linewidths=0)
+    ax.scatter(points[:, 0], points[:, 1], s=1.2, color=_BLUE, linewidths=0)
 
 
 def _field(ax: Any, score: Score) -> None:
@@ -50,30 +52,39 @@ def _field(ax: Any, score: Score) -> None:
 
 
 def factor_curves(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """What the penalty costs and buys: loss, NLL, Asym and NAsym against the balancing factor.
+    """What the penalty costs and buys: loss, NLL, score error, Asym and NAsym against the balancing factor.
 
-    The unconstrained model's values are the dashed lines; bands span the seeds.
+    `rows` are of one density and seed; the unconstrained model's values are the dashed lines.
     """
-    density = rows[0]["density"]
-    panels = {"loss": "DSM loss", "nll": "NLL (nats)", "asym": "Asym", "nasym": "NAsym"}
-    figure = Figure(figsize=(3.3 * len(panels), 3.2), dpi=130, layout="constrained")
-    figure.suptitle(f"{density}: quasi-conservative model against the balancing factor", fontsize=10)
-    ours = [r for r in rows if r["kind"] == "quasi-conservative" and r["density"] == density]
-    free = [r for r in rows if r["kind"] == "unconstrained" and r["density"] == density]
-    factors = sorted({r["factor"] for r in ours})
+    panels = {
+        "loss": "DSM loss",
+        "nll": "NLL (nats)",
+        "score_error": "score error",
+        "asym": "Asym",
+        "nasym": "NAsym",
+    }
+    figure = Figure(figsize=(3.0 * len(panels), 3.2), dpi=130, layout="constrained")
+    figure.suptitle(f"{rows[0]['density']}: what the weight of the penalty costs and buys", fontsize=11)
+    ours = sorted((r for r in rows if r["kind"] == "quasi-conservative"), key=lambda row: row["factor"])
+    factors = [row["factor"] for row in ours]
     for ax, (column, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        values = [[r[column] for r in ours if r["factor"] == factor] for factor in factors]
-        ax.plot(factors, [np.mean(v) for v in values], marker="o", markersize=4, color="#1f5fa8")
-        ax.fill_between(
-            factors, [min(v) for v in values], [max(v) for v in values], color="#1f5fa8", alpha=0.2
-        )
-        if free:
-            ax.axhline(
-                float(np.mean([r[column] for r in free])), color="0.5", linestyle="--", label="unconstrained"
-            )
-        ax.set(xscale="log", xlabel="balancing factor", title=label)
+        values = [row[column] for row in ours]
+        free = [row[column] for row in rows if row["kind"] == "unconstrained"]
+        for value in free:
+            ax.axhline(value, color=_GREY, linestyle="--", label="unconstrained")
+        ax.plot(factors, values, marker="o", markersize=5, color=_BLUE, label="quasi-conservative")
+        ax.set(xscale="log", xlabel="balancing factor", title=label, xticks=factors)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         if column in ("asym", "nasym"):
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+        else:  # a hundredth of the value at least, so that noise does not look like a trend
+            low, high = min(values + free), max(values + free)
+            margin = max(0.15 * (high - low), 0.01 * high)
+            ax.set_ylim(low - margin, high + margin)
+        ax.grid(True, color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path)
