@@ -7,7 +7,6 @@ the signal variance that one of the forward chain's `steps` steps keeps: 1 for V
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -34,10 +33,10 @@ def annealed_langevin(
 ) -> tuple[Tensor, Tensor]:
     """One Langevin step of size 2 alpha (snr std(t))^2, as in annealed Langevin dynamics (Song & Ermon
     2019)."""
-    scale, _ = score.sde.discretize(t[:1], steps)
-    _, std = score.sde.marginal(t[:1])
-    step = 2.0 * float(1.0 + scale) ** 2 * (snr * float(std)) ** 2
-    return noisy_step(x, score(x, t), 1.0, step, math.sqrt(2.0 * step), stream)
+    scale, _ = score.sde.discretize(t, steps)
+    _, std = score.sde.marginal(t)
+    step = 2.0 * (1.0 + scale).double().square() * (snr * std.double()).square()
+    return noisy_step(x, score(x, t), 1.0, step, (2.0 * step).sqrt(), stream)
 
 
 CORRECTORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

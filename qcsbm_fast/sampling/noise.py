@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcsbm_fast import ops
+from qcsbm_fast.ops.registry import per_row
 from qcsbm_fast.random import NoiseStream
 
 _BLOCK = 1 << 16  # elements that share a Philox offset
@@ -65,10 +66,23 @@ class SampleNoise(NoiseStream):
 
 
 def noisy_step(
-    x: Tensor, score: Tensor, a: float, b: float, c: float, stream: NoiseStream
+    x: Tensor,
+    score: Tensor,
+    a: float | Tensor,
+    b: float | Tensor,
+    c: float | Tensor,
+    stream: NoiseStream,
 ) -> tuple[Tensor, Tensor]:
-    """`(x', mean)` with mean = a x + b score and x' = mean + c z: `ops.sde_step` with the stream's noise."""
+    """`(x', mean)` with mean = a x + b score and x' = mean + c z: `ops.sde_step` with the stream's noise.
+
+    The coefficients are numbers, or tensors `(B,)` on the device of `x`.
+    """
     if not isinstance(stream, SampleNoise):
         return ops.sde_step(x, score, a, b, c, stream.draw())
+    z = stream.normal(x.shape, x.dtype)
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or isinstance(c, Tensor):
+        a, b, c = (per_row(v.to(x.dtype), x) if isinstance(v, Tensor) else v for v in (a, b, c))
+        mean = a * x + b * score
+        return mean + c * z, mean
     mean = torch.add(a * x, score, alpha=b)
-    return torch.add(mean, stream.normal(x.shape, x.dtype), alpha=c), mean
+    return torch.add(mean, z, alpha=c), mean

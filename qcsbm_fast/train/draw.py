@@ -41,6 +41,7 @@ def draw(
                 corrector_steps=sampling.corrector_steps,
                 snr=sampling.snr,
                 stream=stream,
+                cuda_graph=sampling.cuda_graph,
                 progress=progress,
                 watch=watch,
             )
