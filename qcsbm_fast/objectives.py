@@ -52,7 +52,7 @@ def systematic_order(probabilities: Tensor, count: int, u: Tensor) -> Tensor:
     total = probabilities.cumsum(0)
     total = total * (count / total[-1])
     steps = torch.floor(total + u.double()).clamp(max=count)
-    steps[-1:] = count  # a slice is filled on the device; an element would be copied from the host
+    steps[-1:].fill_(count)  # an assignment would copy the number from the host to a GPU
     drawn = torch.diff(steps, prepend=steps.new_zeros(1)) > 0
     return torch.argsort(drawn.long(), descending=True, stable=True)
 
