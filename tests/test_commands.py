@@ -122,13 +122,23 @@ def test_evaluate_and_compare(runs: Path, capsys: pytest.CaptureFixture[str]) ->
         shared = {"dsm", "asym", "nasym", "score_error", "precision", "recall", "density", "coverage"}
         assert shared | names <= result["values"].keys()
         assert all(np.isfinite(mean) for mean, _ in result["values"].values())
-        assert result["values"]["asym"][0] == pytest.approx(np.mean(result["levels"]["asym"]))
+        for name in ("dsm", "asym", "nasym"):
+            assert result["values"][name][0] == pytest.approx(np.mean(result["levels"][name]))
         assert (out / "table.md").read_text() in output
         for picture in pictures:
             assert imread(out / f"{picture}.png")[..., :3].std() > 0.01, picture
         # the last step's own evaluation, of other points, is of the same size
         row = json.loads((Path(run) / "stats.jsonl").read_text().splitlines()[-1])
         assert result["values"]["dsm"][0] == pytest.approx(row["test_dsm"], rel=0.5)
+
+    Path("by_mean.py").write_text("def mean(images): return images.flatten(1)[:, 20:30]")
+    by_mean = ("--features", "by_mean:mean")
+    status, output, errors = call(capsys, "evaluate", "images", *few, "--repeats", 1, "--device", "cpu", *by_mean)
+    assert status == 0, errors
+    assert "| Frechet distance (by_mean:mean) | " in output
+    assert "Frechet distance (by_mean:mean)" in json.loads((out / "evaluation.json").read_text())["values"]
+    status, _, errors = call(capsys, "evaluate", "points", *few, "--device", "cpu", *by_mean)
+    assert (status, "--features is for images" in errors) == (1, True)
 
     status, _, errors = call(capsys, "compare", "images", "other")
     assert status == 1
@@ -140,7 +150,7 @@ def test_evaluate_and_compare(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "| model.kind | quasi-conservative | unconstrained |" in output
     assert "| model.width |" not in output  # only what differs
     assert json.loads(Path("both/comparison.json").read_text()).keys() == {"images", "other"}
-    for picture in ("asymmetry", "curves"):
+    for picture in ("comparison", "curves"):
         assert imread(f"both/{picture}.png")[..., :3].std() > 0.01
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,8 +26,14 @@ class Command:
     density, coverage and sliced Wasserstein-2 distance of samples, in the space of the data itself. The
     averaged weights are used.
 
+    Images can be compared by the features of a network too, a function of MODULE that takes images (b, C, H, W)
+    in [0, 1] to features (b, F), or to the pair of them and a classifier's logits: Frechet and kernel distance and
+    classifier score, under its name. Those of torchmetrics' Inception, where its weights are there, are FID, KID
+    and Inception score.
+
     - qcsbm evaluate runs/digits-quasi-conservative-1
     - qcsbm evaluate runs/digits-quasi-conservative-1 --nll-points 200 --repeats 5
+    - qcsbm evaluate RUN --features my_network:features --samples 5000
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -45,6 +52,8 @@ class Command:
     """Repeats of the likelihood of images, each with fresh dequantisation and probes."""
     samples: _Number = None
     """Samples to draw, by the run's own sampler."""
+    features: Annotated[str | None, option("inception|MODULE:FUNCTION", "(default: none)")] = None
+    """Network to compare images by."""
     checkpoint: Annotated[int | None, option("STEP", "(default: the newest)")] = None
     """Step of the checkpoint to use."""
     seed: int = 0
@@ -69,6 +78,13 @@ def run(command: Command) -> None:
     settings = evaluation.settings_for(image=folder.read_config().model.network != "toy-mlp")
     given = {field.name: getattr(command, field.name) for field in dataclasses.fields(settings)}
     settings = dataclasses.replace(settings, **{name: v for name, v in given.items() if v is not None})
-    result = evaluation.evaluate_run(folder, settings, step=command.checkpoint, device=command.device)
+    result = evaluation.evaluate_run(
+        folder,
+        settings,
+        step=command.checkpoint,
+        device=command.device,
+        features=command.features,
+        progress=sys.stderr.isatty(),
+    )
     print(evaluation.format_table(result))
     print(f"Numbers and pictures: {folder.path / 'evaluation' / str(result['step'])}")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qcsbm_fast.studies.evaluation import LABELS, newest
+from qcsbm_fast.studies.evaluation import labelled, newest, samples_of
 from qcsbm_fast.train.errors import RunError
 from qcsbm_fast.train.folder import open_run
 from qcsbm_fast.train.stats import read as read_statistics
@@ -17,7 +17,7 @@ from qcsbm_fast.train.stats import read as read_statistics
 def compare(runs: Sequence[Path], out: Path) -> str:
     """The table of the runs' settings that differ and their values, a column per run, in Markdown.
 
-    Writes it to `out` as table.md, with comparison.json, asymmetry.png and curves.png.
+    Writes it to `out` as table.md, with comparison.json, comparison.png and curves.png.
 
     Raises RunError where a run has not been evaluated, or one is named twice.
     """
@@ -32,8 +32,11 @@ def compare(runs: Sequence[Path], out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table)
     (out / "comparison.json").write_text(json.dumps(dict(zip(names, results, strict=True)), indent=1))
-    levels = {name: result["levels"] for name, result in zip(names, results, strict=True)}
-    evaluation_plots.asymmetry_by_sigma(out / "asymmetry.png", levels)
+    evaluation_plots.side_by_side(
+        out / "comparison.png",
+        {name: result["levels"] for name, result in zip(names, results, strict=True)},
+        {name: samples_of(run, result) for name, run, result in zip(names, runs, results, strict=True)},
+    )
     statistics = {name: read_statistics(run / "stats.jsonl") for name, run in zip(names, runs, strict=True)}
     evaluation_plots.training_curves(out / "curves.png", statistics)
     return table
@@ -59,10 +62,10 @@ def _table(names: list[str], settings: list[dict[str, Any]], results: list[dict[
         values = [flat.get(key) for flat in settings]
         if len({str(value) for value in values}) > 1:
             lines.append(f"| {key} | {' | '.join(map(str, values))} |")
-    for name, label in LABELS.items():
-        cells = [_cell(*result["values"].get(name, (None, None))) for result in results]
-        if any(cells):
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+    columns = [labelled(result["values"]) for result in results]
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [_cell(*column.get(label, (None, None))) for column in columns]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,42 +7,88 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from qcsbm_fast.train import plots
 
+_PANELS = {
+    "dsm": "held-out denoising loss",
+    "asym": r"Asym, $\Vert J - J^T\Vert^2 / 2$",
+    "nasym": "NAsym, the antisymmetric share of $J$",
+}
+_ROUNDING = 1e-9  # NAsym of a gradient field in float32
 _COLOURS = ("#1f5fa8", "#d1661b", "#3a8f4d", "#8a4fa3", "#8a8a8a", "#b8a013")
 
 
-def asymmetry_by_sigma(path: Path, runs: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Asym and NAsym against the noise level with their standard errors, a line per run."""
+Levels = Mapping[str, Sequence[float]]
+"""What an evaluation says of the noise levels: sigma, and by name a mean and its standard error at each."""
+
+
+def asymmetry_by_sigma(path: Path, levels: Levels) -> None:
+    """Asym and NAsym of one run against the noise level, with their standard errors."""
     figure = Figure(figsize=(10.0, 4.0), dpi=130, layout="constrained")
-    panels = (
-        ("asym", r"Asym, $\Vert J - J^T\Vert^2 / 2$"),
-        ("nasym", "NAsym, the antisymmetric share of $J$"),
-    )
-    for index, (name, label) in enumerate(panels):
-        axes = figure.add_subplot(1, 2, index + 1)
-        for number, (run, levels) in enumerate(runs.items()):
-            colour = _COLOURS[number % len(_COLOURS)]
-            mean, error = (torch.tensor(levels[key]) for key in (name, f"{name}_error"))
-            mean = mean.clamp(min=1e-16)  # a conservative score's may be 0
-            axes.plot(levels["sigma"], mean, color=colour, marker="o", markersize=3.5, label=run)
-            low = torch.maximum(mean - error, 1e-3 * mean)  # above 0 too
-            axes.fill_between(levels["sigma"], low, mean + error, color=colour, alpha=0.2, linewidth=0)
-        axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", title=label)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
-        low, high = axes.get_ylim()
-        axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
-        axes.grid(True, color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if index == 0 and len(runs) > 1:
+    for index, name in enumerate(("asym", "nasym")):
+        _by_sigma(figure.add_subplot(1, 2, index + 1), {"": levels}, name)
+    figure.savefig(path)
+
+
+def side_by_side(path: Path, runs: Mapping[str, Levels], samples: Mapping[str, Path]) -> None:
+    """Runs beside each other: pictures of their samples, and under them denoising loss, Asym and NAsym by noise level.
+
+    `samples` are PNG files by the same names. A model whose field is a gradient but for rounding has no line in Asym
+    and NAsym, which would hide the others' differences.
+    """
+    width = max(10.5, 3.6 * len(runs))
+    figure = Figure(figsize=(width, 8.2), dpi=130, layout="constrained")
+    cells = figure.add_gridspec(2, 1, height_ratios=(1.12, 1.0))
+    top, bottom = figure.add_subfigure(cells[0]), figure.add_subfigure(cells[1])
+    for index, (run, picture) in enumerate(samples.items()):
+        axes = top.add_subplot(1, len(samples), index + 1)
+        axes.imshow(imread(picture), interpolation="antialiased")
+        axes.set_title(run, color=_COLOURS[index % len(_COLOURS)])
+        axes.set_axis_off()
+    for index, name in enumerate(_PANELS):
+        axes = bottom.add_subplot(1, len(_PANELS), index + 1)
+        _by_sigma(axes, {run: levels for run, levels in runs.items() if name in levels}, name)
+        if index == 0:
             axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def _by_sigma(axes: Axes, runs: Mapping[str, Levels], name: str) -> None:
+    tiny = {run: name != "dsm" and max(levels["nasym"]) < _ROUNDING for run, levels in runs.items()}
+    for number, (run, levels) in enumerate(runs.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        if tiny[run] and not all(tiny.values()):
+            axes.plot([], [], color=colour, marker="o", markersize=3.5, label=run)
+            continue
+        mean, error = (torch.tensor(levels[key]) for key in (name, f"{name}_error"))
+        mean = mean.clamp(min=1e-16)  # a conservative score's may be 0
+        axes.plot(levels["sigma"], mean, color=colour, marker="o", markersize=3.5, label=run)
+        low = torch.maximum(mean - error, 1e-3 * mean)  # above 0 too
+        axes.fill_between(levels["sigma"], low, mean + error, color=colour, alpha=0.2, linewidth=0)
+    axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", title=_PANELS[name])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
+    hidden = [run for run, small in tiny.items() if small]
+    if hidden and len(hidden) < len(runs):
+        axes.text(
+            0.02,
+            0.02,
+            f"{', '.join(hidden)}: 0 but for rounding",
+            transform=axes.transAxes,
+            fontsize=8,
+            color="0.4",
+        )
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def training_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qcsbm_fast.studies.evaluation import LABELS, Settings, evaluate_run, newest
+from qcsbm_fast.studies.evaluation import LABELS, Settings, evaluate_run, newest, samples_of
 from qcsbm_fast.studies.table import markdown, mean_and_spread
 from qcsbm_fast.train import checkpoint, run
 from qcsbm_fast.train.config import Config, Kind
@@ -51,6 +49,8 @@ def reproduce(
 
     Raises RunError if training was interrupted; calling again goes on where it stopped.
     """
+    from qcsbm_fast.studies import evaluation_plots
+
     rows, results = [], {}
     for seed in seeds:
         trunk = out / f"trunk-{seed}"
@@ -64,7 +64,11 @@ def reproduce(
     table = format_table(rows)
     (out / "results.json").write_text(json.dumps(rows, indent=1))
     (out / "table.md").write_text(table)
-    _draw(out, {kind: results[kind, seeds[0]] for kind in KINDS})
+    evaluation_plots.side_by_side(
+        out / "comparison.png",
+        {kind: results[kind, seeds[0]]["levels"] for kind in KINDS},
+        {kind: samples_of(out / f"{kind}-{seeds[0]}", results[kind, seeds[0]]) for kind in KINDS},
+    )
     print(f"\n{table}")
     return rows
 
@@ -109,23 +113,3 @@ def _evaluation(path: Path, settings: Settings) -> dict[str, Any]:
     if found is None or found["step"] != last or found["settings"] != dataclasses.asdict(settings):
         found = evaluate_run(RunFolder(path), settings)
     return found
-
-
-def _draw(out: Path, results: dict[Kind, dict[str, Any]]) -> None:
-    """asymmetry.png: Asym and NAsym by noise level; samples.png: a grid per kind."""
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
-
-    from qcsbm_fast.studies import evaluation_plots
-
-    evaluation_plots.asymmetry_by_sigma(
-        out / "asymmetry.png", {kind: result["levels"] for kind, result in results.items()}
-    )
-    figure = Figure(figsize=(4.0 * len(results), 4.4), dpi=150, layout="constrained")
-    for index, (kind, result) in enumerate(results.items()):
-        axes = figure.add_subplot(1, len(results), index + 1)
-        picture = Path(result["run"]) / "evaluation" / str(result["step"]) / "samples.png"
-        axes.imshow(np.asarray(imread(picture)))
-        axes.set_axis_off()
-        axes.set_title(kind)
-    figure.savefig(out / "samples.png")
