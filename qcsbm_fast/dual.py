@@ -7,7 +7,7 @@ primal once. Tangents are explicit because PyTorch's implicit forward mode gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ class Dual:
         ValueError: if the shapes do not match.
     """
 
-    __slots__ = ("primal", "tangents")
+    __slots__ = ("aliased", "primal", "tangents")
 
     def __init__(self, primal: Tensor, tangents: Tensor):
         if tangents.shape[1:] != primal.shape:
@@ -35,6 +35,7 @@ class Dual:
             )
         self.primal = primal
         self.tangents = tangents
+        self.aliased = False  # whether another dual may share its memory: then nothing is done to it in place
 
     def __repr__(self) -> str:
         return f"Dual(primal {tuple(self.primal.shape)}, {self.tangents.shape[0]} tangents)"
@@ -53,24 +54,52 @@ class Dual:
 
     def map(self, linear_function: Callable[[Tensor], Tensor]) -> Dual:
         """Applies a function that is linear and acts on trailing dimensions only."""
+        self.require_graph()
         return Dual(linear_function(self.primal), linear_function(self.tangents))
 
-    def reshape(self, *shape: int) -> Dual:
-        """As `Tensor.reshape`, the batch dimension kept first."""
-        return Dual(self.primal.reshape(*shape), self.tangents.reshape(self.tangents.shape[0], *shape))
+    def require_graph(self) -> None:
+        """Raises DualUnsupported where the graph of the primal would end: reverse mode sees a constant there."""
+        if not torch.is_grad_enabled() and self.primal.requires_grad:
+            raise DualUnsupported("a part without a graph is not pushed through a Dual")
 
-    def flatten(self, start_dim: int = 0) -> Dual:
-        """As `Tensor.flatten`, of the dimensions from `start_dim` on."""
-        return Dual(self.primal.flatten(start_dim), self.tangents.flatten(start_dim + 1))
+    def share(self, *views: Dual) -> None:
+        """Notes that `views` show the memory of this dual."""
+        for dual in (self, *views):
+            dual.aliased = True
+
+    def reshape(self, *shape: Any) -> Dual:
+        """As `Tensor.reshape`."""
+        size = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        view = Dual(self.primal.reshape(size), self.tangents.reshape(self.tangents.shape[0], *size))
+        self.share(view)
+        return view
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Dual:
+        """As `Tensor.flatten`."""
+        start, end = (dim if dim < 0 else dim + 1 for dim in (start_dim, end_dim))
+        view = Dual(self.primal.flatten(start_dim, end_dim), self.tangents.flatten(start, end))
+        self.share(view)
+        return view
+
+    def _widened(self, dims: int) -> Tensor:
+        """The tangents, to be combined with something of `dims` dimensions."""
+        self.require_graph()
+        missing = dims - self.primal.dim()
+        if missing <= 0:
+            return self.tangents
+        probes, *shape = self.tangents.shape
+        return self.tangents.reshape(probes, *(1,) * missing, *shape)
 
     def __neg__(self) -> Dual:
         return self.map(torch.neg)
 
     def __add__(self, other: Value | float) -> Dual:
         if isinstance(other, Dual):
-            return Dual(self.primal + other.primal, self.tangents + other.tangents)
+            primal = self.primal + other.primal
+            return Dual(primal, self._widened(primal.dim()) + other._widened(primal.dim()))
         primal = self.primal + other
-        return Dual(primal, self.tangents.expand(-1, *primal.shape))
+        tangents = self._widened(primal.dim())
+        return Dual(primal, tangents.to(primal.dtype).expand(-1, *primal.shape))
 
     __radd__ = __add__
 
@@ -82,29 +111,81 @@ class Dual:
 
     def __mul__(self, other: Value | float) -> Dual:
         if isinstance(other, Dual):
-            return Dual(
-                self.primal * other.primal, self.tangents * other.primal + self.primal * other.tangents
-            )
-        return Dual(self.primal * other, self.tangents * other)
+            primal = self.primal * other.primal
+            mine, theirs = (value._widened(primal.dim()) for value in (self, other))
+            return Dual(primal, mine * other.primal + self.primal * theirs)
+        primal = self.primal * other
+        return Dual(primal, self._widened(primal.dim()) * other)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Tensor | float) -> Dual:
+    def __truediv__(self, other: Value | float) -> Dual:
         if isinstance(other, Dual):
-            raise DualUnsupported("division by a Dual is not pushed")
-        return Dual(self.primal / other, self.tangents / other)
+            primal = self.primal / other.primal
+            mine, theirs = (value._widened(primal.dim()) for value in (self, other))
+            return Dual(primal, (mine - primal * theirs) / other.primal)
+        primal = self.primal / other
+        return Dual(primal, self._widened(primal.dim()) / other)
+
+    def __rtruediv__(self, other: Tensor | float) -> Dual:
+        return torch.reciprocal(self) * other  # pyright: ignore
+
+    def __iadd__(self, other: Value | float) -> Dual:
+        return self.assign(self + other)
+
+    def __isub__(self, other: Value | float) -> Dual:
+        return self.assign(self - other)
+
+    def __imul__(self, other: Value | float) -> Dual:
+        return self.assign(self * other)
+
+    def __itruediv__(self, other: Value | float) -> Dual:
+        return self.assign(self / other)
+
+    def assign(self, result: Dual) -> Dual:
+        """Becomes `result`, as a tensor does under an operation in place.
+
+        Raises:
+            DualUnsupported: if another dual may show the same memory, or the shape or dtype would change.
+        """
+        if self.aliased or (result.shape, result.dtype) != (self.shape, self.dtype):
+            raise DualUnsupported("nothing is done in place on this Dual")
+        self.primal, self.tangents = result.primal, result.tangents
+        return self
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Dual]:
+        return iter(self.unbind(0))
+
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
-        raise DualUnsupported(f"Tensor.{name} is not pushed through a Dual")
+        """What a tensor has under that name: a module written for tensors finds it here."""
+        from . import rules
+
+        return rules.attribute(self, name)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         handler = _HANDLERS.get(func)
-        if handler is None:
-            raise DualUnsupported(f"{getattr(func, '__name__', func)} is not pushed through a Dual")
-        return handler(*args, **(kwargs or {}))
+        if handler is not None and not kwargs:
+            return handler(*args)
+        from . import rules
+
+        return rules.apply(func, args, kwargs or {})
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(self: Dual, *args: Any) -> Any:
+        from . import rules
+
+        return rules.apply(getattr(Tensor, name), (self, *args), {})
+
+    return method
 
 
 def _refuse(name: str) -> Callable[..., Any]:
@@ -114,8 +195,10 @@ def _refuse(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in ("__getitem__", "__len__", "__iter__", "__bool__", "__float__", "__pow__", "__rpow__", "__matmul__",
-              "__rmatmul__", "__rtruediv__", "__lt__", "__le__", "__gt__", "__ge__", "__array__"):  # fmt: skip
+for _name in ("__getitem__", "__setitem__", "__pow__", "__rpow__", "__matmul__", "__rmatmul__", "__abs__", "__lt__",
+              "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):  # fmt: skip
+    setattr(Dual, _name, _method(_name))
+for _name in ("__bool__", "__float__", "__int__", "__index__", "__array__"):
     setattr(Dual, _name, _refuse(_name))
 
 
@@ -126,6 +209,7 @@ V = TypeVar("V", Tensor, Dual)
 def linear(x: V, weight: Tensor, bias: Tensor | None = None) -> V:
     """`x W^T + bias`; tangents lose the bias."""
     if isinstance(x, Dual):
+        x.require_graph()
         return Dual(F.linear(x.primal, weight, bias), F.linear(x.tangents, weight))
     return F.linear(x, weight, bias)
 
@@ -166,16 +250,11 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
     )
 
 
+# What the package's own networks call often, past the search for a rule.
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: linear,
-    F.conv2d: conv2d,
-    torch.cat: cat,
     torch.neg: Dual.__neg__,
-    torch.Tensor.add: lambda a, b: b + a,
-    torch.Tensor.sub: lambda a, b: b.__rsub__(a),
-    torch.Tensor.mul: lambda a, b: b * a,
-    torch.add: lambda a, b: a + b if isinstance(a, Dual) else b + a,
-    torch.sub: lambda a, b: a - b if isinstance(a, Dual) else b.__rsub__(a),
-    torch.mul: lambda a, b: a * b if isinstance(a, Dual) else b * a,
-    torch.flatten: lambda x, start_dim=0: x.flatten(start_dim),
+    torch.Tensor.add: lambda a, b: a + b if isinstance(a, Dual) else b + a,
+    torch.Tensor.sub: lambda a, b: a - b if isinstance(a, Dual) else b.__rsub__(a),
+    torch.Tensor.mul: lambda a, b: a * b if isinstance(a, Dual) else b * a,
 }

@@ -40,7 +40,7 @@ def push(fn: Callable[[Any], Any], x: Tensor, v: Tensor) -> Linearization:
     leaf = x.detach().clone().requires_grad_(torch.is_grad_enabled())  # forward mode refuses expanded tensors
     try:
         result = fn(Dual(leaf, v))
-    except (NotImplementedError, TypeError, AttributeError) as not_dual:
+    except Exception as not_dual:  # a module's own checks may raise anything at the sight of a dual
         try:
             value, jv = foreign.push(fn, leaf, v)
         except Exception as error:

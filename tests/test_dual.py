@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcsbm_fast.dual import Dual, DualUnsupported, cat
+from qcsbm_fast.dual import Dual, cat
 from qcsbm_fast.nn import Activation, Autoencoder, ImageMLP, LinearSwish, ToyMLP
 
 W = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4)
@@ -106,24 +106,6 @@ def test_tangents_are_differentiable_in_the_parameters(name):
     difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
     product = sum((g * d).sum() for g, d in zip(ours, direction, strict=True) if g is not None)
     torch.testing.assert_close(product, difference, rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    "fn",
-    [
-        lambda x: torch.softmax(x, -1),
-        lambda x: x[:, 0],
-        lambda x: x**2,
-        lambda x: x.norm(),
-        lambda x: 1 / x,
-        lambda x: torch.stack([x, x]),
-        lambda x: nn.functional.silu(x),
-        lambda x: torch.ones(3, 4) / x,
-    ],
-)
-def test_what_is_not_pushed_raises(fn):
-    with pytest.raises(DualUnsupported, match="Dual"):
-        fn(Dual(torch.ones(3, 4), torch.ones(1, 3, 4)))
 
 
 def test_shapes_are_checked():

@@ -172,6 +172,26 @@ def test_what_would_be_silently_wrong_raises(function):
         asymmetry(with_function(function), torch.randn(4, 6))
 
 
+@pytest.mark.filterwarnings("ignore:J v comes from two nested VJPs")
+def test_layer_norm_where_only_nested_vjps_reach():
+    """The gradient of torch's own layer norm through two nested VJPs is wrong; here the oracle has it in full."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(6).double()
+    norm.weight.data.normal_()
+    net = nn.Sequential(with_function(OldFunction.apply).double(), norm)
+    x, v = torch.randn(4, 6, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
+
+    def in_full(y):
+        y = net[0](y)
+        centred = y - y.mean(1, keepdim=True)
+        normal = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+        return normal * norm.weight + norm.bias
+
+    ours = parameter_gradient(asymmetry(net, x, v=v, estimator="symmetric").surrogate.sum(), net)
+    theirs = parameter_gradient(probe_penalty(in_full, x, v).sum(), net)
+    assert (ours - theirs).norm() < 1e-10 * theirs.norm()
+
+
 def test_dropped_terms_are_named():
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match="drops second-order terms"):
