@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BATCHES, DTYPES, TABLE, arguments, every_case, outputs
+from cases import BATCHES, DTYPES, TABLE, arguments, assert_accurate, error, every_case, is_float, outputs
 from qcsbm_fast import _host, ops
 from qcsbm_fast.ops import backend
 from qcsbm_fast.ops.registry import OPS
@@ -26,18 +26,6 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 def odd(name: str, variant: str, dtype: torch.dtype = torch.float64) -> list[Any]:
     return list(arguments(TABLE[name], variant, TABLE[name].sizes["odd"], dtype))
-
-
-def is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def in_float64(call: Sequence[Any]) -> list[Any]:
-    return [a.double() if is_float(a) else torch.float64 if isinstance(a, torch.dtype) else a for a in call]
-
-
-def error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).abs().max()) if exact.numel() else 0.0
 
 
 @pytest.fixture
@@ -58,17 +46,8 @@ def test_table_is_complete() -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_accuracy(name: str, variant: str, size: str, dtype: torch.dtype) -> None:
     """Against the float64 reference: at most twice the same-dtype reference's error, plus the entry's ulps."""
-    entry, op = TABLE[name], OPS[name]
-    call = arguments(entry, variant, entry.sizes[size], dtype)
-    got, same = outputs(op(*call)), outputs(op.reference(*call))
-    exact = outputs(op.reference(*in_float64(call)))
-    assert len(got) == len(exact)
-    for g, s, e in zip(got, same, exact, strict=True):
-        assert (g.shape, g.dtype, g.is_contiguous()) == (s.shape, s.dtype, s.is_contiguous())
-        scale = float(e.abs().max()) if e.numel() else 0.0
-        allowed = entry.ulps * torch.finfo(g.dtype).eps * scale
-        allowed += 4 * FLOAT32_EPS * max(scale, 1.0) * entry.noise
-        assert error(g, e) <= 2 * error(s, e) + allowed
+    call = arguments(TABLE[name], variant, TABLE[name].sizes[size], dtype)
+    assert_accurate(name, call, outputs(OPS[name](*call)))
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
