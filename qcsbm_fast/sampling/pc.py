@@ -85,8 +85,8 @@ def predictor_corrector(
     # t and (a, b, c) of every step, in float64
     rows = [times] if predictor == "none" else [times, *PREDICTORS[predictor](sde, times, steps)]
     table = torch.stack(rows, 1)
-    bar = tqdm(table.tolist(), desc="sampling", unit="step", disable=not progress)
     take = _Captured(advance, x, table) if graph else None
+    bar = tqdm(table.tolist(), desc="sampling", unit="step", disable=not progress)
     for step, (time, *coefficients) in enumerate(bar):
         if take:
             x, mean = take()

@@ -64,7 +64,7 @@ class Trainer:
         self.images = 0
         self.skipped = 0
         self._device = data.device
-        self._capturable = data.device.type == "cuda" and not processes.several
+        self._capturable = graph or (data.device.type == "cuda" and not processes.several)
         self.ema = EMA(objective.score, optim.ema, capturable=self._capturable)
         self._seed = seed
         self._stream = stream
