@@ -6,6 +6,7 @@ Statistical bounds are 5 standard errors (two-sided error rate 6e-7 per figure),
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,7 @@ from qcsbm_fast.sampling.mcmc import line_integral, metropolis_langevin, unadjus
 from qcsbm_fast.sampling.noise import SampleNoise
 from qcsbm_fast.sampling.ode import probability_flow
 from qcsbm_fast.sampling.pc import predictor_corrector
+from qcsbm_fast.sampling.predictors import PREDICTORS
 from qcsbm_fast.sde import VE, VP, FunctionScore
 
 
@@ -56,20 +58,58 @@ def test_noise_is_white() -> None:
     assert not torch.equal(state, other)
 
 
-@pytest.mark.parametrize("sampler", ["pc", "ode", "heun", "annealed"])
-def test_samples_do_not_depend_on_the_batch(sampler: str) -> None:
-    score = MixtureScore(VE(0.1, 8.0))
+VE_SCORE, VP_SCORE = MixtureScore(VE(0.1, 8.0)), MixtureScore(VP())
 
-    def draw(first: int, count: int) -> Tensor:
-        stream, size = SampleNoise(5, first), (count, 2)
-        if sampler == "pc":
-            return predictor_corrector(score, size, steps=20, corrector="annealed-langevin", stream=stream)
-        if sampler == "annealed":
-            return annealed_langevin_dynamics(score, size, steps_per_level=3, eps=1e-3, stream=stream)
-        return probability_flow(score, size, stream=stream, steps=20 if sampler == "heun" else None)
 
-    whole = draw(0, 9)
-    torch.testing.assert_close(torch.cat((draw(0, 2), draw(2, 6), draw(8, 1))), whole, rtol=1e-5, atol=1e-5)
+def at_rest(field: str) -> Callable[[SampleNoise, int], Tensor]:
+    """A chain for the mixture's own score, from the normal law."""
+    t = torch.zeros(1)
+
+    def draw(stream: SampleNoise, count: int) -> Tensor:
+        x = stream.normal((count, 2))
+        score = lambda y: VE_SCORE(y, t.expand(len(y)))  # noqa: E731
+        if field == "metropolis":
+            return metropolis_langevin(score, x, [0.1] * 10, stream=stream).x
+        return unadjusted_langevin(score, x, [0.1] * 10, stream=stream)
+
+    return draw
+
+
+SAMPLERS: dict[str, Callable[[SampleNoise, int], Tensor]] = {
+    **{
+        f"{predictor}-{corrector}": lambda stream, n, predictor=predictor, corrector=corrector: (
+            predictor_corrector(
+                VP_SCORE, (n, 2), steps=25, predictor=predictor, corrector=corrector, stream=stream
+            )
+        )
+        for predictor in (*PREDICTORS, "none")
+        for corrector in ("annealed-langevin", "none")
+        if (predictor, corrector) != ("none", "none")
+    },
+    "inpainting": lambda stream, n: predictor_corrector(
+        VE_SCORE,
+        (n, 2),
+        steps=20,
+        corrector="none",
+        known=inpainting(torch.tensor([[0.5, 0.0]]), torch.tensor([[1.0, 0.0]])),
+        stream=stream,
+    ),
+    "annealed": lambda stream, n: annealed_langevin_dynamics(
+        VE_SCORE, (n, 2), steps_per_level=3, eps=1e-3, stream=stream
+    ),
+    "ode": lambda stream, n: probability_flow(VE_SCORE, (n, 2), stream=stream),
+    "heun": lambda stream, n: probability_flow(VE_SCORE, (n, 2), stream=stream, steps=20),
+    "langevin": at_rest("unadjusted"),
+    "metropolis": at_rest("metropolis"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_do_not_depend_on_the_batch(name: str) -> None:
+    whole = SAMPLERS[name](SampleNoise(5, 0), 9)
+    parts = [SAMPLERS[name](SampleNoise(5, first), count) for first, count in ((0, 2), (2, 6), (8, 1))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    assert whole.std(0).min() > 0.01 or name == "inpainting"
 
 
 def wasserstein2(a: Tensor, b: Tensor) -> float:
@@ -119,7 +159,7 @@ def test_annealed_langevin_follows_its_recursion() -> None:
         ({"eps": 0.2}, r"eps: expected 0 < eps < 4 sigma_min\^2 = 0\.16, got 0\.2"),
     ):
         with pytest.raises(ValueError, match=message):
-            annealed_langevin_dynamics(score, (2, 2), stream=NoiseStream(0), **changes)
+            annealed_langevin_dynamics(score, (2, 2), stream=NoiseStream(0), **changes)  # pyright: ignore
     with pytest.raises(ValueError, match="process VE, got VP"):
         annealed_langevin_dynamics(GaussianScore(VP()), (2, 2), stream=NoiseStream(0))
 

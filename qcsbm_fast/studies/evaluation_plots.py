@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from qcsbm_fast.train import plots
@@ -18,7 +19,7 @@ from qcsbm_fast.train import plots
 _PANELS = {
     "dsm": "held-out denoising loss",
     "asym": r"Asym, $\Vert J - J^T\Vert^2 / 2$",
-    "nasym": "NAsym, the antisymmetric share of $J$",
+    "nasym": "NAsym, the antisymmetric share",
 }
 _ROUNDING = 1e-9  # NAsym of a gradient field in float32
 _COLOURS = ("#1f5fa8", "#d1661b", "#3a8f4d", "#8a4fa3", "#8a8a8a", "#b8a013")
@@ -72,10 +73,10 @@ def _by_sigma(axes: Axes, runs: Mapping[str, Levels], name: str) -> None:
         low = torch.maximum(mean - error, 1e-3 * mean)  # above 0 too
         axes.fill_between(levels["sigma"], low, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", title=_PANELS[name])
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     hidden = [run for run, small in tiny.items() if small]
     if hidden and len(hidden) < len(runs):
         axes.text(
@@ -114,9 +115,21 @@ def training_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]])
 
 
 def nearest_neighbours(path: Path, samples: Tensor, train: Tensor, neighbours: int = 5) -> None:
-    """A row per image of `samples (N, C, H, W)`: it, then its nearest of `train (M, C, H, W)`, a gap between."""
+    """A row per image of `samples (N, C, H, W)`: it, and its nearest of `train (M, C, H, W)`."""
     distances = torch.cdist(samples.flatten(1), train.to(samples).flatten(1))
     nearest = distances.topk(min(neighbours, len(train)), largest=False).indices
     rows = torch.cat((samples[:, None], torch.ones_like(samples)[:, None], train.to(samples)[nearest]), 1)
-    figure_rows = rows.flatten(0, 1)
-    plots.image_grid(path, figure_rows, columns=rows.shape[1])
+    count, columns = rows.shape[:2]
+    picture = BytesIO()
+    plots.image_grid(picture, rows.flatten(0, 1), columns=columns)
+    picture.seek(0)
+    pixels = imread(picture)
+    figure = Figure(figsize=(0.8 * columns, 0.8 * count + 0.4), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(pixels)
+    for text, column in (("sample", 0.5), ("nearest training images", 2 + (columns - 2) / 2)):
+        axes.text(
+            column / columns, 1.0, text, transform=axes.transAxes, ha="center", va="bottom", fontsize=10
+        )
+    axes.set_axis_off()
+    figure.savefig(path)
