@@ -133,7 +133,9 @@ def test_evaluate_and_compare(runs: Path, capsys: pytest.CaptureFixture[str]) ->
 
     Path("by_mean.py").write_text("def mean(images): return images.flatten(1)[:, 20:30]")
     by_mean = ("--features", "by_mean:mean")
-    status, output, errors = call(capsys, "evaluate", "images", *few, "--repeats", 1, "--device", "cpu", *by_mean)
+    status, output, errors = call(
+        capsys, "evaluate", "images", *few, "--repeats", 1, "--device", "cpu", *by_mean
+    )
     assert status == 0, errors
     assert "| Frechet distance (by_mean:mean) | " in output
     assert "Frechet distance (by_mean:mean)" in json.loads((out / "evaluation.json").read_text())["values"]
