@@ -146,6 +146,9 @@ def _config(cell: _Cell, steps: int | None) -> Config:
         model=dataclasses.replace(preset.model, kind=cell.kind),
         penalty=dataclasses.replace(preset.penalty, balancing_factor=cell.factor),
         optim=dataclasses.replace(preset.optim, steps=steps or preset.optim.steps),
+        evaluation=dataclasses.replace(
+            preset.evaluation, every=0
+        ),  # at the end only: the study measures more
     )
 
 
