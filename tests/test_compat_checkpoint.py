@@ -60,9 +60,11 @@ def test_a_run_goes_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["convert", str(theirs), "--config", settings, "--out", str(tmp_path / "back")]) == 0
     assert f"qcsbm sample {tmp_path / 'back'}" in capsys.readouterr().out
     before, after = newest(folder), newest(RunFolder(tmp_path / "back"))
-    for part in ("score", "ema", "optimizer"):
+    for part in ("score", "ema"):
         a, b = (torch.cat(tensors(state[part])) for state in (before, after))
         assert torch.equal(a, b), part
+    a, b = (torch.cat(tensors(state["optimizer"]["state"])) for state in (before, after))
+    assert torch.equal(a, b)
     assert (after["steps_done"], after["images"], after["ema"]["updates"]) == (2, 8, 2)
 
     # and it can be trained on: the next step is finite and moves the weights

@@ -116,24 +116,36 @@ def torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 def test_two_processes_take_the_steps_of_one_and_each_resumes_the_other(tmp_path: Path) -> None:
     one, two = (create(small(12), tmp_path / name) for name in ("one", "two"))
-    jobs = [(one, 1, 6), (one, 2, 12), (two, 2, 6), (two, 1, 12)]
+    shared = create(
+        small(12, fsdp=True), tmp_path / "shared"
+    )  # weights in shares, saved whole and read again
+    folders = (one, two, shared)
+    jobs = [(one, 1, 6), (one, 2, 12), (two, 2, 6), (two, 1, 12), (shared, 2, 6), (shared, 2, 12)]
     program = [sys.executable, Path(__file__).parent / "fork_world.py", free_port()]
     command = [*program, *(part for folder, count, steps in jobs for part in (folder.path, count, steps))]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     # the first process speaks for all
-    assert [result.stdout.count(f"Run folder: {folder.path}") for folder in (one, two)] == [2, 2]
+    assert [result.stdout.count(f"Run folder: {folder.path}") for folder in folders] == [2, 2, 2]
     # two processes wrote the first half of one record, one process that of the other
-    rows = [record(folder) for folder in (one, two)]
+    rows = [record(folder) for folder in folders]
     assert [row["step"] for row in rows[0]] == [3, 6, 9, 12]
-    for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
-    states = [checkpoint.load(checkpoint.find(folder.checkpoints))["trainer"] for folder in (one, two)]
-    assert states[0]["images"] == states[1]["images"] == 12 * 48
-    for name, value in states[0]["score"].items():
-        torch.testing.assert_close(states[1]["score"][name], value, rtol=1e-3, atol=1e-5)
+    for a, *others in zip(*rows, strict=True):
+        for b in others:
+            assert a.keys() == b.keys()
+            for name in a:
+                assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+    state, *others = (checkpoint.load(checkpoint.find(folder.checkpoints))["trainer"] for folder in folders)
+    for other in others:
+        assert state["images"] == other["images"] == 12 * 48
+        for part in ("score", "ema"):
+            mine, theirs = (s[part].get("module", s[part]) for s in (state, other))
+            for name, value in mine.items():
+                torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
+        for index, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                theirs = other["optimizer"]["state"][index][name]
+                torch.testing.assert_close(theirs, value, rtol=1e-2, atol=1e-4)
 
 
 def test_a_signal_stops_all_at_the_same_step(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def run(command: Command) -> None:
     from qcsbm_fast.train.distributed import processes
 
     settings = command.settings
-    with processes(settings.device) as group:
+    with processes(settings.device, settings.fsdp) as group:
         setup = build.build(settings)  # what is wrong with data or device, before anything is written
         folder = group.share(_folder(command) if group.first else None)
         try:

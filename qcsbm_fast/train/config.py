@@ -276,6 +276,8 @@ class Config:
     measurements are float32. float16 is for GPUs and scales the loss."""
     log_every: Count = 50
     """Steps that one line of stats.jsonl averages over."""
+    fsdp: Flag = False
+    """Several processes: each keeps a share of weights, averages and Adam's moments (FSDP2) in place of all of them."""
     data: Data = dataclasses.field(default_factory=Data)
     sde: Noise = dataclasses.field(default_factory=Noise)
     model: Model = dataclasses.field(default_factory=Model)

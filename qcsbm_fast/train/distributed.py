@@ -1,7 +1,7 @@
 """The processes of one training: `torchrun` starts them, each works off its share of every batch.
 
-All hold the whole data set, the same weights and the same streams of noise and data order, so that one process or many
-take the same steps, up to the order of sums. The first one writes.
+All hold the whole data set, the same weights (or, with FSDP2, shares of them) and the same streams of noise and data
+order, so that one process or many take the same steps, up to the order of sums. The first one writes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 
+from qcsbm_fast.train import shares
+
 T = TypeVar("T")
 
 # The other processes wait while the first one evaluates and draws pictures.
@@ -24,10 +26,14 @@ _PATIENCE = timedelta(hours=4)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number and how many there are; every method but the properties must be called by all."""
+    """This process's number and how many there are; every method but the properties must be called by all.
+
+    With `sharded` each holds a share of the weights and not all of them.
+    """
 
     rank: int = 0
     world: int = 1
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -63,6 +69,9 @@ class Processes:
         """
         if not self.several:
             return module
+        if self.sharded:
+            shares.shard(module)
+            return module
         return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     @staticmethod
@@ -70,11 +79,13 @@ class Processes:
         """A context for a backward pass whose gradients are, if `apart`, not exchanged yet."""
         if apart and isinstance(module, nn.parallel.DistributedDataParallel):
             return module.no_sync()
+        if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+            module.set_requires_gradient_sync(not apart)  # pyright: ignore[reportCallIssue]
         return nullcontext()
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Processes]:
+def processes(device: str, sharded: bool = False) -> Iterator[Processes]:
     """The processes that torchrun started this one among, or this one alone.
 
     NCCL connects them where `device` is a GPU, and each takes the GPU of its number on its machine; otherwise gloo.
@@ -87,6 +98,7 @@ def processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size())
+        world = distributed.get_world_size()
+        yield Processes(distributed.get_rank(), world, sharded and world > 1)
     finally:
         distributed.destroy_process_group()

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qcsbm_fast.train import shares
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -20,6 +22,8 @@ class EMA(Generic[M]):
 
     An update is `advance()`, on the host, and `follow()`, on the device, two reads and one write per weight. With
     `capturable` the latter takes d_n from the device, so that a CUDA graph of it may be replayed.
+
+    Of a source whose weights lie in shares among processes the averages do too, after `share`; `whole` is for all.
     """
 
     def __init__(self, source: M, decay: float, *, capturable: bool = False) -> None:
@@ -28,8 +32,10 @@ class EMA(Generic[M]):
         self.module: M = copy.deepcopy(source).requires_grad_(False).eval()
         self.decay = decay
         self.updates = 0
+        self._source_module = source
         self._source: list[Tensor] = list(source.parameters())
         self._average: list[Tensor] = list(self.module.parameters())
+        self._frame: M | None = None
         self._weight = 0.0
         self._weight_on_device = torch.zeros((), device=self._source[0].device) if capturable else None
 
@@ -70,9 +76,28 @@ class EMA(Generic[M]):
                 is_first_step=False,
             )
 
+    @torch.no_grad()
+    def share(self) -> None:
+        """Keep of the averages the shares that the source keeps of its weights."""
+        self._frame = copy.deepcopy(self.module)  # without weights: the place of the whole module
+        for parameter in self._frame.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        shares.shard(self.module)
+        self._source = [shares.own(p) for p in self._source_module.parameters()]
+        self._average = [shares.own(p) for p in self.module.parameters()]
+
+    def whole(self) -> M:
+        """The averaged module, gathered where it lies in shares: good until the next call."""
+        if self._frame is None:
+            return self.module
+        state = shares.whole(self.module.state_dict())
+        for name, parameter in self._frame.named_parameters():
+            parameter.data = state[name]
+        return self._frame
+
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "module": self.module.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
-        self.module.load_state_dict(state["module"])
+        shares.load(self.module, state["module"])

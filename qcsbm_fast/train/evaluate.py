@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qcsbm_fast import ops, penalty
+from qcsbm_fast import ops
+from qcsbm_fast.penalty import asymmetry, draw_probes
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.score import Score
+from qcsbm_fast.train.distributed import Processes
 
 _BATCH = 1000
 NAMES = ("dsm", "asym", "nasym")
@@ -33,19 +35,21 @@ def measure(
     exact: bool,
     half: bool,
     batch_size: int = _BATCH,
+    processes: Processes = Processes(),  # noqa: B008  it does not change
 ) -> tuple[Tensor, Tensor]:
     """Times `(L,)`, the midpoints of L equal parts of [0, 1], and at each the `NAMES` of each of `x0 (N, *)`.
 
     The latter are `(3, L, N)` in float64: the denoising loss, Asym = 1/2 ||J - J^T||_F^2 and NAsym = 1/4 ||J -
     J^T||_F^2 / ||J||_F^2, J the Jacobian of the score at noised data, by `probes` Rademacher probes or from
-    the whole Jacobian.
+    the whole Jacobian. Of several `processes`, which all call this, each works off its share of the samples.
     """
     times = (torch.arange(levels, device=x0.device) + 0.5) / levels
+    mine = slice(processes.rank, None, processes.world)
     batches = [
-        torch.stack([_measure(score, part, time, stream, probes, exact, half) for time in times], 1)
+        torch.stack([_measure(score, part, time, stream, probes, exact, half, mine) for time in times], 1)
         for part in x0.split(batch_size)
     ]
-    return times, torch.cat(batches, 2)
+    return times, processes.sum(torch.cat(batches, 2))
 
 
 def over_levels(values: Tensor) -> dict[str, Estimate]:
@@ -59,11 +63,12 @@ def over_levels(values: Tensor) -> dict[str, Estimate]:
     return {name: Estimate(mean, error) for name, mean, error in rows}
 
 
-def evaluate(
-    score: Score, x0: Tensor, stream: NoiseStream, *, levels: int, probes: int, exact: bool, half: bool
-) -> dict[str, float]:
-    """`over_levels` as plain numbers called `test_<name>`, with their standard errors (`test_<name>_error`)."""
-    _, values = measure(score, x0, stream, levels=levels, probes=probes, exact=exact, half=half)
+def evaluate(score: Score, x0: Tensor, stream: NoiseStream, **settings: Any) -> dict[str, float]:
+    """`over_levels` as plain numbers called `test_<name>`, with their standard errors (`test_<name>_error`).
+
+    Arguments as `measure`.
+    """
+    _, values = measure(score, x0, stream, **settings)
     found = over_levels(values)
     return {f"test_{name}": value.mean for name, value in found.items()} | {
         f"test_{name}_error": value.error for name, value in found.items()
@@ -71,13 +76,25 @@ def evaluate(
 
 
 def _measure(
-    score: Score, x0: Tensor, time: Tensor, stream: NoiseStream, probes: int, exact: bool, half: bool
+    score: Score,
+    x0: Tensor,
+    time: Tensor,
+    stream: NoiseStream,
+    probes: int,
+    exact: bool,
+    half: bool,
+    mine: slice,
 ) -> Tensor:
-    """Denoising loss, Asym and NAsym of each sample at one time, `(3, N)`."""
+    """Denoising loss, Asym and NAsym of each sample at one time, `(3, N)`, zero but for one's own."""
     t = time.repeat(len(x0))
     mean, std = score.sde.marginal(t)
     x, z = ops.perturb(x0, mean, std, stream.draw())
-    result = penalty.asymmetry(lambda y: score(y, t), x, probes=probes, exact=exact, generator=stream)
-    weight = torch.full_like(std, 0.5 if half else 1.0)
-    loss = ops.denoising_residual(result.score, std, weight, z=z)
-    return torch.stack((loss, result.penalty, result.nasym)).double()
+    v = None if exact else draw_probes(x, probes, "rademacher", stream)[:, mine]
+    found = torch.zeros(len(NAMES), len(x0), dtype=torch.float64, device=x0.device)
+    x, z, t, std = x[mine], z[mine], t[mine], std[mine]
+    if len(x):
+        result = asymmetry(lambda y: score(y, t), x, v=v, exact=exact)
+        weight = torch.full_like(std, 0.5 if half else 1.0)
+        loss = ops.denoising_residual(result.score, std, weight, z=z)
+        found[:, mine] = torch.stack((loss, result.penalty, result.nasym)).double()
+    return found

@@ -69,12 +69,11 @@ def _train(config: Config, folder: RunFolder, setup: build.Setup, processes: Pro
     run = _Run(config, folder, setup, processes)
     with closing(run.statistics) if run.statistics else nullcontext():
         received = run.loop()
-        if processes.first:
-            if received:
-                print(f"Stopped by {received} after step {run.trainer.steps_done}; all is saved. To go on:")
-                print(f"  qcsbm train --resume {shlex.quote(str(folder.path))}")
-            else:
-                run.finish()
+        if not received:
+            run.finish()
+        elif processes.first:
+            print(f"Stopped by {received} after step {run.trainer.steps_done}; all is saved. To go on:")
+            print(f"  qcsbm train --resume {shlex.quote(str(folder.path))}")
     return not received
 
 
@@ -154,8 +153,9 @@ class _Run:
         if processes.first:
             folder.write_config(config)
             self.statistics = Statistics(folder.path, self.trainer.steps_done)
-            held_out = (row.get("test_dsm", math.inf) for row in self.statistics.rows)
-            self.best = min(held_out, default=math.inf)
+        rows = self.statistics.rows if self.statistics else []
+        best = min((row.get("test_dsm", math.inf) for row in rows), default=math.inf)
+        self.best = processes.share(best if processes.first else None)
 
     def _newest(self) -> dict[str, Any] | None:
         """The newest state that can be read, with a word on those that cannot; None for a new run."""
@@ -193,13 +193,14 @@ class _Run:
 
     def finish(self) -> None:
         """Draw the pictures and say what was learned."""
-        assert self.statistics is not None
-        if "test_dsm" not in (self.statistics.rows or [{}])[-1]:
+        rows = self.statistics.rows if self.statistics else []
+        if self.processes.share("test_dsm" not in (rows or [{}])[-1] if self.processes.first else None):
             self._evaluate()
+        score = self.trainer.ema.whole()
+        if self.statistics is None:
+            return
         stream = NoiseStream(self.config.seed + _SAMPLING_SEED, device=self.setup.device)
-        report.draw_pictures(
-            self.config, self.folder, self.setup, self.trainer.ema.module, self.statistics.rows, stream
-        )
+        report.draw_pictures(self.config, self.folder, self.setup, score, self.statistics.rows, stream)
         report.print_summary(
             self.config,
             self.folder,
@@ -226,11 +227,11 @@ class _Run:
     def _save(self) -> None:
         self.trainer.check_finite()
         self.trainer.part_ways()
-        if not self.processes.first:
-            return
         with self._outside_interval():
-            keep = self.config.checkpoint.keep
-            checkpoint.save(self.folder.checkpoints, self.trainer.steps_done, self._state(), keep)
+            state = self._state()
+            if self.processes.first:
+                keep = self.config.checkpoint.keep
+                checkpoint.save(self.folder.checkpoints, self.trainer.steps_done, state, keep)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -241,23 +242,26 @@ class _Run:
 
     def _evaluate(self) -> None:
         self.trainer.check_finite()
-        if self.statistics is None:
-            return
         settings = self.config.evaluation
         with self._outside_interval():
             values = evaluate(
-                build.full_precision(self.trainer.ema.module),
+                build.full_precision(self.trainer.ema.whole()),
                 self.setup.test[: settings.points],
                 NoiseStream(self.config.seed + _EVALUATION_SEED, device=self.setup.device),
                 levels=settings.levels,
                 probes=settings.probes,
                 exact=settings.exact,
                 half=self.config.objective.half,
+                processes=self.processes,
             )
+        improved = values["test_dsm"] < self.best
+        self.best = min(self.best, values["test_dsm"])
+        state = self._state() if improved else None
+        if self.statistics is None:
+            return
         self.statistics.write(self.trainer.steps_done, values)
-        if values["test_dsm"] < self.best:
-            self.best = values["test_dsm"]
-            checkpoint.save_best(self.folder.checkpoints, self._state())
+        if state is not None:
+            checkpoint.save_best(self.folder.checkpoints, state)
         tqdm.write(f"step {self.trainer.steps_done}: held-out {report.one_line(values)}")
 
     def _begin_interval(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qcsbm_fast.cuda_graph import Replayed
 from qcsbm_fast.objectives import DenoisingObjective
 from qcsbm_fast.random import NoiseStream
+from qcsbm_fast.train import shares
 from qcsbm_fast.train.batches import Batches
 from qcsbm_fast.train.config import Optim
 from qcsbm_fast.train.distributed import Processes
@@ -72,6 +73,8 @@ class Trainer:
         if processes.several:
             objective.shard = (processes.rank, processes.world)
         self._replicated = processes.replicate(objective)
+        if processes.sharded:
+            self.ema.share()
         self._batches = Batches(data, optim.batch_size, seed, flip=flip)
         self._parameters = dict(objective.score.named_parameters())
         betas = (optim.beta1, optim.beta2)
@@ -110,7 +113,7 @@ class Trainer:
         statistics = self._accumulate_gradients(x0)
         # a parameter that the loss does not reach has no gradient: a zero keeps its place
         gradients = [p.new_zeros(()) if p.grad is None else p.grad for p in self._parameters.values()]
-        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+        norms = shares.whole(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore[reportPrivateImportUsage]
         if self._scale:
             norms = norms / self._scale.value
         norm = torch.linalg.vector_norm(norms)
@@ -162,9 +165,9 @@ class Trainer:
         return NonFiniteError(int(step), loss, first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and containers."""
+        """Plain tensors and containers; of processes that share the weights all must call."""
         cuda = self._device.type == "cuda"
-        return {
+        state = {
             "steps_done": self.steps_done,
             "images": self.images,
             "score": self.objective.score.state_dict(),
@@ -180,12 +183,13 @@ class Trainer:
             "skipped": self.skipped,
             "loss_scale": self._scale.state_dict() if self._scale else None,
         }
+        return shares.whole(state) if self._processes.sharded else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Raises RuntimeError where the model's shape is another."""
-        self.objective.score.load_state_dict(state["score"])
+        shares.load(self.objective.score, state["score"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        shares.load_optimizer(self.optimizer, state["optimizer"])
         self._keep_rate_on_device()
         self._batches.load_state_dict(state["batches"])
         self._stream.load_state_dict(state["stream"])
