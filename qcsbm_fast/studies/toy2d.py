@@ -119,7 +119,7 @@ def reproduce(
         for c in cells
         if c.seed == seeds[0] and c.factor in (0.0, factors[0])
     }
-    toy2d_plots.gallery(out, {key: trained.load(RunFolder(path)).setup.score for key, path in runs.items()})
+    toy2d_plots.gallery(out, {key: trained.load(RunFolder(path)).setup for key, path in runs.items()})
     return rows
 
 

@@ -11,43 +11,62 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from qcsbm_fast.metrics import oracle_score
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.ode import probability_flow
-from qcsbm_fast.score import Score
+from qcsbm_fast.train.build import Setup
 
 _EXTENT = 10.0
+_COUNT = 5000
 _BLUE, _GREY = "#1f5fa8", "#8a8a8a"
 
 
-def gallery(out: Path, scores: Mapping[tuple[str, str], Score]) -> None:
-    """samples.png and fields.png: a row per density, a column per kind, as the paper's figures."""
-    densities = list(dict.fromkeys(density for density, _ in scores))
-    kinds = list(dict.fromkeys(kind for _, kind in scores))
+def gallery(out: Path, models: Mapping[tuple[str, str], Setup]) -> None:
+    """samples.png and fields.png: a row per density; the data, or the score of the noised data, then a column per kind.
+
+    `models` are by density and kind.
+    """
+    densities = list(dict.fromkeys(density for density, _ in models))
+    kinds = ["data", *dict.fromkeys(kind for _, kind in models)]
     for name, draw in (("samples", _samples), ("fields", _field)):
-        figure = Figure(figsize=(3.6 * len(kinds), 3.5 * len(densities) + 0.3), dpi=130, layout="constrained")
+        figure = Figure(figsize=(3.2 * len(kinds), 3.2 * len(densities) + 0.3), dpi=130, layout="constrained")
         axes = figure.subplots(len(densities), len(kinds), squeeze=False)
-        for (density, kind), score in scores.items():
-            ax = axes[densities.index(density)][kinds.index(kind)]
-            draw(ax, score)
+        for (density, kind), setup in models.items():
+            row = axes[densities.index(density)]
+            draw(row[kinds.index(kind)], setup, data=False)
+            if kind == kinds[1]:
+                draw(row[0], setup, data=True)
+                row[0].set_ylabel(density)
+        for ax, kind in zip(axes[0], kinds, strict=True):
+            ax.set_title(
+                "score of the noised data" if name == "fields" and kind == "data" else kind, fontsize=10
+            )
+        for ax in axes.flat:
             ax.set(xlim=(-_EXTENT, _EXTENT), ylim=(-_EXTENT, _EXTENT), aspect="equal", xticks=(), yticks=())
-            ax.set_title(f"{density}, {kind}", fontsize=9)
         figure.savefig(out / f"{name}.png")
 
 
-def _samples(ax: Any, score: Score) -> None:
-    points = probability_flow(score, (5000, 2), stream=NoiseStream(0)).numpy()
-    ax.scatter(points[:, 0], points[:, 1], s=1.2, color=_BLUE, linewidths=0)
+def _samples(ax: Any, setup: Setup, *, data: bool) -> None:
+    points = (
+        setup.test[:_COUNT] if data else probability_flow(setup.score, (_COUNT, 2), stream=NoiseStream(0))
+    )
+    ax.scatter(*points.numpy().T, s=1.2, color=_GREY if data else _BLUE, linewidths=0)
 
 
-def _field(ax: Any, score: Score) -> None:
+def _field(ax: Any, setup: Setup, *, data: bool) -> None:
     """The score at t = 0 on a 40 x 40 grid, arrows of one length, shaded by magnitude."""
     axis = torch.linspace(-_EXTENT, _EXTENT, 40)
     points = torch.cartesian_prod(axis, axis)
+    t = torch.zeros(len(points))
     with torch.no_grad():
-        field = score(points, torch.zeros(len(points))).numpy()
-    size = np.linalg.norm(field, axis=1, keepdims=True)
-    unit = field / np.maximum(size, 1e-12)
-    ax.quiver(*points.numpy().T, *unit.T, np.log10(size[:, 0] + 1e-3), cmap="viridis", angles="xy",
+        field = (
+            oracle_score(points, setup.train, *setup.score.sde.marginal(t))
+            if data
+            else setup.score(points, t)
+        )
+    size = field.norm(dim=1, keepdim=True)
+    unit = field / size.clamp(min=1e-12)
+    ax.quiver(*points.numpy().T, *unit.numpy().T, np.log10(size[:, 0].numpy() + 1e-3), cmap="viridis", angles="xy",
               scale_units="xy", scale=2.2, width=0.003, pivot="mid")  # fmt: skip
 
 

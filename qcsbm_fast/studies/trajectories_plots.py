@@ -11,14 +11,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from qcsbm_fast.studies.trajectories import DIRECTIONS, Field
+from qcsbm_fast.studies.trajectories import DIRECTIONS, Field, steps_to_converge
 
 _EXTENT = 4.0
 _COLOURS = {"rotational": "#d1661b", "radial": "#1f5fa8"}
 
 
 def fields(path: Path, paths: Mapping[tuple[Any, float], Tensor]) -> None:
-    """A row per direction, a column per size: the field's directions and the deterministic paths in it."""
+    """A row per direction, a column per size: the field and the deterministic paths until they converge."""
     errors = list(dict.fromkeys(e for _, e in paths))
     figure = Figure(figsize=(2.5 * len(errors), 5.4), dpi=130, layout="constrained")
     axes = figure.subplots(len(DIRECTIONS), len(errors), squeeze=False)
@@ -30,8 +30,12 @@ def fields(path: Path, paths: Mapping[tuple[Any, float], Tensor]) -> None:
         unit = field / np.maximum(np.linalg.norm(field, axis=1, keepdims=True), 1e-12)
         ax.quiver(*points.numpy().T, *unit.T, color="0.7", angles="xy", scale_units="xy", scale=3.2, width=0.004,
                   pivot="mid")  # fmt: skip
-        for route in taken.transpose(0, 1).numpy():
-            ax.plot(*route.T, color=_COLOURS[direction], linewidth=0.5, alpha=0.6)
+        arrived = steps_to_converge(taken)
+        alpha = min(
+            0.7, 25.0 / arrived.double().mean().item()
+        )  # hundreds of crossing lines would be one blot
+        for route, last in zip(taken.transpose(0, 1).numpy(), arrived.tolist(), strict=True):
+            ax.plot(*route[: last + 1].T, color=_COLOURS[direction], linewidth=0.6, alpha=alpha)
             ax.plot(*route[0], color="k", marker="o", markersize=2.5, zorder=3)
         ax.set(xlim=(-_EXTENT, _EXTENT), ylim=(-_EXTENT, _EXTENT), aspect="equal", xticks=(), yticks=())
         ax.set_title(f"{direction}, e = {e:g}", fontsize=9)
