@@ -257,11 +257,13 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
     )
 
 
-# What the package's own networks call often, past the search for a rule.
+# What the package's own networks call often, past the search for a rule; methods in place of operators, which
+# torch.compile would bring here again.
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: linear,
     torch.neg: Dual.__neg__,
-    torch.Tensor.add: lambda a, b: a + b if isinstance(a, Dual) else b + a,
-    torch.Tensor.sub: lambda a, b: a - b if isinstance(a, Dual) else b.__rsub__(a),
-    torch.Tensor.mul: lambda a, b: a * b if isinstance(a, Dual) else b * a,
+    torch.Tensor.neg: Dual.__neg__,
+    torch.Tensor.add: lambda a, b: a.__add__(b) if isinstance(a, Dual) else b.__radd__(a),
+    torch.Tensor.sub: lambda a, b: a.__sub__(b) if isinstance(a, Dual) else b.__rsub__(a),
+    torch.Tensor.mul: lambda a, b: a.__mul__(b) if isinstance(a, Dual) else b.__rmul__(a),
 }

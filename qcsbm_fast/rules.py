@@ -179,13 +179,16 @@ def _elementwise(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return Dual(value, x._widened(value.dim()) * slope)
 
 
-def _binary(method: str) -> Callable[..., Any]:
-    """A sum, difference, product or quotient, whose first argument may be the plain one."""
+def _binary(method: str, *, swapped: bool = False) -> Callable[..., Any]:
+    """A sum, difference, product or quotient, whose first argument may be the plain one.
+
+    As a method: torch.compile brings every operator of a dual here, and swaps a dual that comes first with the other.
+    """
 
     def rule(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs or len(args) != 2:
             return NotImplemented
-        a, b = args
+        a, b = reversed(args) if swapped else args
         if isinstance(a, Dual):
             return getattr(a, f"__{method}__")(b)
         return getattr(b, f"__r{method}__")(a)
@@ -291,3 +294,4 @@ _RULES |= {name: _binary(method) for name, method in (
     ("add", "add"), ("sub", "sub"), ("subtract", "sub"), ("mul", "mul"), ("multiply", "mul"), ("div", "truediv"),
     ("divide", "truediv"), ("true_divide", "truediv"),
 )}  # fmt: skip
+_RULES |= {"rsub": _binary("sub", swapped=True), "rdiv": _binary("truediv", swapped=True)}
