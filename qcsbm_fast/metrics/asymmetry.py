@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcsbm_fast import penalty
-from qcsbm_fast.metrics.levels import noised_batches
+from qcsbm_fast.metrics.levels import measure_level
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sde import ScoreFunction
 
@@ -46,12 +45,10 @@ def asymmetry_by_level(
     """
     rows = []
     for time in times:
-        batches = []
-        for x, t in noised_batches(score.sde, x0, time, stream, batch_size):
-            result = penalty.asymmetry(
-                lambda y, t=t: score(y, t), x, probes=probes, exact=exact, generator=stream
-            )
-            batches.append(torch.stack((result.penalty, result.nasym)).double())
+        batches = [
+            measure_level(score, part, time, stream, probes=probes, exact=exact, half=True)[1:]
+            for part in x0.split(batch_size)
+        ]
         values = torch.cat(batches, 1)
         error = values.std(1) / values.shape[1] ** 0.5
         rows.append(torch.cat((values.mean(1), error)))
