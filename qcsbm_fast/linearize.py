@@ -21,13 +21,18 @@ class Linearization(NamedTuple):
 
     def vjp(self, v: Tensor) -> Tensor:
         """`J^T v_k` `(K, B, *)`, without a graph of its own; the graph of `value` is kept."""
-        if not self.value.requires_grad:
-            return torch.zeros_like(v)
-        rows = [
-            torch.autograd.grad(self.value, self.x, cotangent, retain_graph=True, materialize_grads=True)[0]
-            for cotangent in v.to(self.value.dtype)
-        ]
-        return torch.stack(rows)
+        return pull(self.value, self.x, v)
+
+
+def pull(value: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """`J^T v_k` `(K, B, *)` of a `value` at the leaf `x`; its graph is kept."""
+    if not value.requires_grad:
+        return torch.zeros_like(v)
+    rows = [
+        torch.autograd.grad(value, x, cotangent, retain_graph=True, materialize_grads=True)[0]
+        for cotangent in v.to(value.dtype)
+    ]
+    return torch.stack(rows)
 
 
 def push(fn: Callable[[Any], Any], x: Tensor, v: Tensor) -> Linearization:

@@ -74,7 +74,7 @@ class DenoisingObjective(nn.Module):
         score: the model; a conservative one takes no penalty.
         stream: noise of times, perturbations and probes.
         balancing_factor: weight of the penalty; 0 leaves it out.
-        probes, estimator, distribution, exact: as `penalty.asymmetry`.
+        probes, estimator, distribution, exact, probe_chunk: as `penalty.asymmetry`.
         fraction: share of the batch that the penalty sees, in (0, 1].
         time_density: "uniform", or "inverse-sigma": 0.15 uniform + 0.85 proportional to `1 / sigma(t)`.
         half: whether the denoising loss carries the factor 1/2.
@@ -100,6 +100,7 @@ class DenoisingObjective(nn.Module):
         estimator: Estimator = "one_sided",
         distribution: Distribution = "rademacher",
         exact: bool = False,
+        probe_chunk: int | None = None,
         fraction: float = 1.0,
         time_density: TimeDensity = "uniform",
         half: bool = True,
@@ -124,6 +125,7 @@ class DenoisingObjective(nn.Module):
         self.estimator: Estimator = estimator
         self.distribution: Distribution = distribution
         self.exact = exact
+        self.probe_chunk = probe_chunk
         self.fraction = fraction
         self.time_density = time_density
         self.coefficient = 0.5 if half else 1.0
@@ -193,6 +195,7 @@ class DenoisingObjective(nn.Module):
             estimator=self.estimator,
             exact=self.exact,
             v=v,
+            probe_chunk=self.probe_chunk,
         )
         score = result.score
         if count < x.shape[0]:

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .foreign import rewinder
-from .linearize import push
+from .linearize import pull, push
 from .random import NoiseStream, as_stream
 
 Estimator = Literal["one_sided", "symmetric"]
@@ -81,6 +83,7 @@ def asymmetry(
     v: Tensor | None = None,
     exact: bool = False,
     generator: NoiseStream | torch.Generator | None = None,
+    probe_chunk: int | None = None,
 ) -> Asymmetry:
     """Asymmetry of the Jacobian of `fn` at each sample of `x`, and a surrogate with its gradient.
 
@@ -94,6 +97,8 @@ def asymmetry(
         v: `(K, B, *)`, fixes the probes.
         exact: all unit vectors in place of probes: the exact penalty, for low dimension.
         generator: a `NoiseStream`, or a `torch.Generator` (None: torch's own) from which a seed is drawn.
+        probe_chunk: probes that go through `fn` at once; fewer than `K` save memory and cost time, for `backward` runs
+            each chunk's pass again. The result is the same up to rounding. None: all.
 
     Under `torch.no_grad()` nothing keeps a graph.
 
@@ -103,29 +108,82 @@ def asymmetry(
     """
     if estimator not in get_args(Estimator):
         raise ValueError(f"estimator: expected one of {get_args(Estimator)}, got {estimator!r}")
+    if probe_chunk is not None and (probe_chunk < 1 or exact):
+        expected = "None beside exact, which takes all unit vectors" if exact else "at least 1"
+        raise ValueError(f"probe_chunk: expected {expected}, got {probe_chunk}")
     check_batch(x, v)
     if exact:
         v = unit_tangents(x)
     elif v is None:
         v = draw_probes(x, probes, distribution, as_stream(generator, x.device))
     differentiable = torch.is_grad_enabled()
-    second_pass = estimator == "symmetric" and not exact and differentiable
-    rewind = rewinder(x.device) if second_pass else None
+    twice = estimator == "symmetric" and not exact and differentiable
     with torch.enable_grad():
-        at = push(fn, x, v)
-        jv = at.jv.float() if at.jv.dtype in (torch.bfloat16, torch.float16) else at.jv
-        jtv = _transpose(jv.detach(), x) if exact else balance(v, jv.detach(), at.vjp(v).to(jv.dtype))
-        penalty, nasym, surrogate, seed = ops.asymmetry(jv, jtv)
-        if rewind is not None:
-            residual = (seed.detach() * (v.shape[0] / 2)).to(x.dtype)
-            rewind()  # both passes see one dropout mask
-            back = push(fn, x, residual).jv.to(jv.dtype)
-            surrogate = (surrogate - (v * back).mean(0).flatten(1).sum(1) * 2) / 2
+        if probe_chunk is not None and probe_chunk < v.shape[0]:
+            found = _in_chunks(fn, x, v, probe_chunk, twice, differentiable)
+        else:
+            rewind = rewinder(x.device) if twice else None
+            at = push(fn, x, v)
+            jv = _wide(at.jv)
+            jtv = _transpose(jv.detach(), x) if exact else balance(v, jv.detach(), at.vjp(v).to(jv.dtype))
+            penalty, nasym, surrogate, seed = ops.asymmetry(jv, jtv)
+            if rewind is not None:
+                surrogate = _symmetric(surrogate, fn, x, v, seed, rewind)
+            found = Asymmetry(penalty, nasym, at.value, surrogate)
+    penalty, nasym, score, surrogate = found.penalty, found.nasym, found.score, found.surrogate
     if exact:  # the op takes means over probes; over unit vectors the trace is the sum
         penalty, surrogate = penalty * v.shape[0], surrogate * v.shape[0]
     if not differentiable:
-        return Asymmetry(penalty.detach(), nasym.detach(), at.value.detach(), surrogate.detach())
-    return Asymmetry(penalty.detach(), nasym.detach(), at.value, surrogate)
+        return Asymmetry(penalty.detach(), nasym.detach(), score.detach(), surrogate.detach())
+    return Asymmetry(penalty.detach(), nasym.detach(), score, surrogate)
+
+
+def _symmetric(
+    surrogate: Tensor,
+    fn: Callable[[Any], Any],
+    x: Tensor,
+    v: Tensor,
+    seed: Tensor,
+    rewind: Callable[[], None],
+) -> Tensor:
+    """The symmetric surrogate from the one-sided one and its seed, by a second dual pass."""
+    residual = (seed.detach() * (v.shape[0] / 2)).to(x.dtype)
+    rewind()  # both passes see one dropout mask
+    back = push(fn, x, residual).jv.to(surrogate.dtype)
+    return (surrogate - (v * back).mean(0).flatten(1).sum(1) * 2) / 2
+
+
+def _in_chunks(
+    fn: Callable[[Any], Any], x: Tensor, v: Tensor, size: int, twice: bool, differentiable: bool
+) -> Asymmetry:
+    """As above with `size` probes at a time, of which nothing is kept: `backward` runs them again, one by one.
+
+    `J^T v` of all probes comes first, from one graph of the value, which then goes.
+    """
+    rewind = rewinder(x.device)
+    leaf = x.detach().clone().requires_grad_()
+    transposed = pull(fn(leaf), leaf, v)
+
+    def estimate(v: Tensor, transposed: Tensor) -> tuple[Tensor, ...]:
+        rewind()  # all passes see one dropout mask
+        at = push(fn, x, v)
+        jv = _wide(at.jv)
+        jtv = balance(v, jv.detach(), transposed.to(jv.dtype))
+        *_, surrogate, seed = ops.asymmetry(jv, jtv)
+        if twice:
+            surrogate = _symmetric(surrogate, fn, x, v, seed, rewind)
+        return at.value, jv.detach(), jtv, surrogate * v.shape[0]
+
+    run = partial(checkpoint, estimate, use_reentrant=False) if differentiable else torch.no_grad()(estimate)
+    chunks = [run(*part) for part in zip(v.split(size), transposed.split(size), strict=True)]
+    values, jv, jtv, surrogates = zip(*chunks, strict=True)
+    penalty, nasym, *_ = ops.asymmetry(torch.cat(jv), torch.cat(jtv))
+    return Asymmetry(penalty, nasym, values[0], torch.stack(surrogates).sum(0) / v.shape[0])
+
+
+def _wide(jv: Tensor) -> Tensor:
+    """The difference from `J^T v` is taken in float32 at least."""
+    return jv.float() if jv.dtype in (torch.bfloat16, torch.float16) else jv
 
 
 def balance(v: Tensor, jv: Tensor, jtv: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import dual
-from ..dual import V
+from ..dual import Dual, V
 from .attention import Attention
 from .embedding import FourierFeatures, NoiseEmbedding, PositionalFeatures
 from .image_layers import Conv, ConvResample, GroupNormSiLU, Resample, add, channels_last
@@ -170,6 +173,8 @@ class NCSNpp(nn.Module):
 
     down: Any  # module lists of `Level`
     up: Any
+    checkpoint_activations = False
+    """Whether the backward pass computes each block again, in place of keeping its activations; the same gradients."""
 
     def __init__(self, config: NCSNppConfig):
         super().__init__()
@@ -268,9 +273,9 @@ class NCSNpp(nn.Module):
         skips = [self.input(x)]
         for level in self.down:
             for index, block in enumerate(level.blocks):
-                h = block(skips[-1], embedding)
+                h = self._run(block, skips[-1], embedding)
                 if level.attention:
-                    h = level.attention[index](h)
+                    h = self._run(level.attention[index], h)
                 skips.append(h)
             if level.resample is not None:
                 h = self._resample(level, skips[-1], embedding)
@@ -278,14 +283,15 @@ class NCSNpp(nn.Module):
                 skips.append(h)
 
         first, attention, second = self.middle
-        h = second(attention(first(skips[-1], embedding)), embedding)
+        h = self._run(attention, self._run(first, skips[-1], embedding))
+        h = self._run(second, h, embedding)
 
         output: Any = None
         for level in self.up:
             for block in level.blocks:
-                h = block(dual.cat([h, skips.pop()], 1), embedding)
+                h = self._run(block, dual.cat([h, skips.pop()], 1), embedding)
             for attention in level.attention:
-                h = attention(h)
+                h = self._run(attention, h)
             h, output = self._merge_output(level, h, output)
             if level.resample is not None:
                 h = self._resample(level, h, embedding)
@@ -295,8 +301,26 @@ class NCSNpp(nn.Module):
 
     def _resample(self, level: Level, h: V, embedding: Tensor | None) -> V:
         if isinstance(level.resample, ResBlock):
-            return level.resample(h, embedding)
+            return self._run(level.resample, h, embedding)
         return level.resample(h)
+
+    def _run(self, part: nn.Module, x: V, *embedding: Tensor | None) -> V:
+        """`part(x, *embedding)`, with `checkpoint_activations` to be run again in the backward pass."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return part(x, *embedding)
+        again = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=self.training and self.config.dropout > 0
+        )
+        if not isinstance(x, Dual):
+            return again(part, x, *embedding)
+
+        def push(
+            primal: Tensor, tangents: Tensor
+        ) -> tuple[Tensor, Tensor]:  # tensors, of which it reads the device
+            pushed = part(Dual(primal, tangents), *embedding)
+            return pushed.primal, pushed.tangents
+
+        return Dual(*again(push, x.primal, x.tangents))
 
     def _merge_input(self, level: Level, h: Any, pyramid: Any) -> tuple[Any, Any]:
         """The features `h` with the downsampled input, and the input for the next level."""

@@ -83,6 +83,7 @@ def objective(config: Config, score: Score, stream: NoiseStream) -> DenoisingObj
         estimator=penalty.estimator,
         distribution=penalty.distribution,
         exact=penalty.exact,
+        probe_chunk=penalty.probe_chunk or None,
         fraction=penalty.fraction,
         time_density=penalty.time_density,
         half=config.objective.half,
@@ -103,6 +104,12 @@ def captures_step(config: Config, device: torch.device, *, several: bool) -> boo
         obstacle = f"that needs an NVIDIA GPU and this run is on {device}"
     elif several:
         obstacle = "several processes train together, which exchange gradients outside of a graph"
+    elif 0 < config.penalty.probe_chunk < config.penalty.probes and not config.penalty.exact:
+        obstacle = "probes in chunks draw each dropout mask again, which a graph cannot; set penalty.probe_chunk to 0"
+    elif config.optim.checkpoint_activations and config.model.dropout > 0:
+        obstacle = (
+            "blocks that run again draw each dropout mask again, which a graph cannot; set model.dropout to 0"
+        )
     elif twice and config.model.network == "ncsnpp" and config.model.dropout > 0:
         why = "the conservative kind" if config.model.kind == "conservative" else "the symmetric estimator"
         obstacle = f"{why} draws each dropout mask twice, which a graph cannot; set model.dropout to 0"
@@ -127,6 +134,8 @@ def find_device(name: str) -> torch.device:
 def _network(config: Config, shape: torch.Size) -> nn.Module:
     model = config.model
     conservative = model.kind == "conservative"
+    if config.optim.checkpoint_activations and model.network != "ncsnpp":
+        raise ConfigError(f"optim.checkpoint_activations: expected model.network ncsnpp, got {model.network}")
     if model.network == "image-mlp":
         return ImageMLP(shape.numel(), model.width, model.depth, energy=conservative)
     if model.network == "toy-mlp":
@@ -138,6 +147,8 @@ def _network(config: Config, shape: torch.Size) -> nn.Module:
     options: dict[str, Any] = {name: value for name, value in vars(model).items() if name in fields}
     options |= {"sigma_min": config.sde.sigma_min, "sigma_max": config.sde.sigma_max}
     try:
-        return NCSNpp(NCSNppConfig(image_size=height, num_channels=channels, **options))
+        net = NCSNpp(NCSNppConfig(image_size=height, num_channels=channels, **options))
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
+    net.checkpoint_activations = config.optim.checkpoint_activations
+    return net

@@ -165,6 +165,8 @@ class Penalty:
     """Law of the probes."""
     exact: Flag = False
     """Use every unit vector instead of random probes; for low dimension."""
+    probe_chunk: CountOrZero = 0
+    """Probes worked off at once; fewer save memory and cost time. 0 for all."""
     fraction: Share = 1.0
     """Share of the batch that the penalty sees."""
     time_density: Literal["uniform", "inverse-sigma"] = "uniform"
@@ -181,6 +183,8 @@ class Optim:
     """Samples per optimiser step."""
     accumulate: Count = 1
     """Parts that a batch is worked off in, to save memory; must divide batch_size."""
+    checkpoint_activations: Flag = False
+    """ncsnpp: compute each block again in the backward pass in place of keeping its activations, to save memory."""
     lr: Positive = 2e-4
     """Learning rate."""
     beta1: BelowOne = 0.9
