@@ -17,7 +17,7 @@ from tqdm import trange
 
 from qcsbm_fast.nn import Autoencoder
 from qcsbm_fast.penalty import asymmetry
-from qcsbm_fast.studies.table import markdown, mean_and_spread
+from qcsbm_fast.studies.table import markdown, mean_and_spread, write_json
 
 COLUMNS = {"penalty": "penalty", "symmetry": "abs(r0.w1 - r1.w0)", "distance": "‖R - W‖"}
 _EVERY = 50
@@ -62,16 +62,14 @@ def reproduce(out: Path, *, seeds: Sequence[int], iterations: int) -> list[dict[
     for seed in seeds:
         done = out / f"seed-{seed}-{iterations}.json"
         if not done.is_file():
-            text = json.dumps(train(seed, iterations))
-            done.with_suffix(".tmp").write_text(text)
-            done.with_suffix(".tmp").replace(done)
+            write_json(done, train(seed, iterations))
         rows.append(json.loads(done.read_text()))
     lines = [[str(row["seed"]), *(f"{row[name]:.3g}" for name in COLUMNS)] for row in rows]
     if len(rows) > 1:
         lines.append(["all", *(mean_and_spread([row[name] for row in rows]) for name in COLUMNS)])
     table = markdown(["seed", *COLUMNS.values()], lines)
     (out / "table.md").write_text(table)
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    write_json(out / "results.json", rows)
     autoencoder_plots.curves(out / "curves.png", rows)
     print(f"\n{table}")
     return rows

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qcsbm_fast.studies.evaluation import labelled, newest, samples_of
+from qcsbm_fast.studies.table import write_json
 from qcsbm_fast.train.errors import RunError
 from qcsbm_fast.train.folder import open_run
 from qcsbm_fast.train.stats import read as read_statistics
@@ -31,7 +31,7 @@ def compare(runs: Sequence[Path], out: Path) -> str:
     table = _table(names, settings, results)
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table)
-    (out / "comparison.json").write_text(json.dumps(dict(zip(names, results, strict=True)), indent=1))
+    write_json(out / "comparison.json", dict(zip(names, results, strict=True)))
     evaluation_plots.side_by_side(
         out / "comparison.png",
         {name: result["levels"] for name, result in zip(names, results, strict=True)},

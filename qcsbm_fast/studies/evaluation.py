@@ -19,6 +19,7 @@ from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.noise import SampleNoise
 from qcsbm_fast.score import Score
 from qcsbm_fast.studies import extractors
+from qcsbm_fast.studies.table import write_json
 from qcsbm_fast.train import build, trained
 from qcsbm_fast.train.draw import draw
 from qcsbm_fast.train.errors import RunError
@@ -224,4 +225,4 @@ def _write(
                 out / "field.png", points, score(points, t), "score at the smallest noise level"
             )
     (out / "table.md").write_text(format_table(result))
-    (out / FILE).write_text(json.dumps(result, indent=1))
+    write_json(out / FILE, result)

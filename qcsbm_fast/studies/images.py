@@ -9,14 +9,13 @@ study's folder, measured as `qcsbm evaluate` does.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qcsbm_fast.studies.evaluation import LABELS, Settings, evaluate_run, newest, samples_of
-from qcsbm_fast.studies.table import markdown, mean_and_spread
+from qcsbm_fast.studies.table import markdown, mean_and_spread, write_json
 from qcsbm_fast.train import checkpoint, run
 from qcsbm_fast.train.config import Config, Kind
 from qcsbm_fast.train.errors import RunError
@@ -62,7 +61,7 @@ def reproduce(
             results[kind, seed] = result = _evaluation(path, settings)
             rows.append({"kind": kind, "seed": seed, "values": result["values"]})
     table = format_table(rows)
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    write_json(out / "results.json", rows)
     (out / "table.md").write_text(table)
     evaluation_plots.side_by_side(
         out / "comparison.png",
@@ -97,7 +96,10 @@ def _train(config: Config, path: Path, start: Path | None = None) -> None:
     if start and not checkpoint.steps(folder.checkpoints):
         folder.checkpoints.mkdir(exist_ok=True)
         newest_checkpoint = checkpoint.find(RunFolder(start).checkpoints)
-        shutil.copy(newest_checkpoint, folder.checkpoints / newest_checkpoint.name)
+        with open(newest_checkpoint, "rb") as source:
+            checkpoint.write_whole(
+                folder.checkpoints / newest_checkpoint.name, lambda file: shutil.copyfileobj(source, file)
+            )
     steps = checkpoint.steps(folder.checkpoints)
     if (not steps or steps[-1] < config.optim.steps) and not run.train(config, folder):
         raise RunError("the study was interrupted; the same command goes on where it stopped")

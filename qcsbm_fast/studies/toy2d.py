@@ -25,7 +25,7 @@ from qcsbm_fast.sampling.ode import probability_flow
 from qcsbm_fast.score import Score
 from qcsbm_fast.studies import toy2d_plots
 from qcsbm_fast.studies.parallel import INTERRUPTED, run_all
-from qcsbm_fast.studies.table import markdown, mean_and_spread
+from qcsbm_fast.studies.table import markdown, mean_and_spread, write_json
 from qcsbm_fast.train import evaluate, run, trained
 from qcsbm_fast.train.config import Config, Kind
 from qcsbm_fast.train.errors import RunError
@@ -111,7 +111,7 @@ def reproduce(
         sweep = [row for row in rows if row["density"] == densities[0] and row["seed"] == seeds[0]]
         tables.append(format_sweep(sweep))
         toy2d_plots.factor_curves(out / "factors.png", sweep)
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    write_json(out / "results.json", rows)
     (out / "table.md").write_text("\n".join(tables))
     print("\n" + "\n".join(tables))
     runs = {
@@ -164,7 +164,7 @@ def _train_and_measure(config: Config, path: Path) -> dict[str, float]:
     rows = read_statistics(path / "stats.jsonl")
     last = [row["dsm"] for row in rows if "dsm" in row and row["step"] > config.optim.steps - 200]
     values = {"loss": sum(last) / len(last), **measure(setup.score, setup.train, setup.test, config.seed)}
-    done.write_text(json.dumps(values))
+    write_json(done, values)
     return values
 
 

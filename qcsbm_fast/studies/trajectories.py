@@ -14,7 +14,6 @@ rule, and Asym and NAsym weighted by p on a 20 x 20 grid of [-3, 3]^2.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from qcsbm_fast.penalty import asymmetry
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.mcmc import metropolis_langevin
-from qcsbm_fast.studies.table import markdown, mean_and_spread
+from qcsbm_fast.studies.table import markdown, mean_and_spread, write_json
 
 Direction = Literal["rotational", "radial"]
 DIRECTIONS: tuple[Direction, ...] = ("rotational", "radial")
@@ -150,7 +149,7 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     table = format_table(rows)
     (out / "table.md").write_text(table)
-    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    write_json(out / "results.json", rows)
     trajectories_plots.fields(out / "fields.png", paths)
     trajectories_plots.steps(out / "steps.png", rows)
     print(f"\n{table}")
