@@ -14,7 +14,7 @@ from PIL import Image
 
 from command_line import call
 from qcsbm_fast import cli
-from qcsbm_fast.train import sample
+from qcsbm_fast.train import checkpoint, sample
 
 TINY = """
     --steps 4 --optim.batch-size 32 --log-every 2 --device cpu --evaluation.points 20 --evaluation.levels 2
@@ -91,6 +91,26 @@ def test_an_interrupted_job_draws_only_what_is_missing(
     call(capsys, *job[:-1], "straight.png")
     assert np.array_equal(samples("job.npz"), samples("straight.npz"))
     assert samples("job.npz").shape == (10, 1, 8, 8)
+
+
+def test_the_best_checkpoint_by_name(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(*options: object) -> tuple[int, str, str]:
+        return call(capsys, "sample", "images", "--count", 3, "--device", "cpu", *options)
+
+    folder = runs / "images" / "checkpoints"
+    state = checkpoint.load(checkpoint.find(folder, 4))
+    state["trainer"]["steps_done"] = 3
+    for name, value in state["trainer"]["ema"]["module"].items():
+        state["trainer"]["ema"]["module"][name] = value * 0.5
+    checkpoint.save_best(folder, state)
+    assert draw("--checkpoint", "best", "--out", "best.png")[0] == 0
+    assert draw("--out", "newest.png")[0] == 0
+    assert np.abs(samples("best.npz") - samples("newest.npz")).max() > 1e-3
+    (folder / checkpoint.BEST).unlink()
+    status, _, errors = draw("--checkpoint", "best")
+    assert status == 1
+    assert "no best.pt here: nothing was evaluated yet" in errors
+    assert draw("--checkpoint", "worst")[0] == 2
 
 
 def test_a_gif_shows_the_samples_coming(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -37,8 +37,8 @@ class Command:
     sampling: Annotated[Sampling, FLAT]
     out: Annotated[Path | None, option("FILE", "(default: RUN/drawn-STEP-SAMPLER.png)")] = None
     """PNG picture to write."""
-    checkpoint: Annotated[int | None, option("STEP", "(default: the newest)")] = None
-    """Step of the checkpoint to use."""
+    checkpoint: Annotated[int | Literal["best"] | None, option("STEP|best", "(default: the newest)")] = None
+    """Step of the checkpoint to use, or best, that of the lowest held-out loss."""
     seed: int = 0
     """Seed of the samples."""
     device: str = "auto"

@@ -304,7 +304,7 @@ class NCSNpp(nn.Module):
             return self._run(level.resample, h, embedding)
         return level.resample(h)
 
-    def _run(self, part: nn.Module, x: V, *embedding: Tensor | None) -> V:
+    def _run(self, part: nn.Module, x: Any, *embedding: Tensor | None) -> Any:
         """`part(x, *embedding)`, with `checkpoint_activations` to be run again in the backward pass."""
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return part(x, *embedding)

@@ -16,13 +16,15 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
 from qcsbm_fast.train.errors import CheckpointError
 
 BEST = "best.pt"
+Step = int | Literal["best"] | None
+"""A checkpoint of a run: that of a step, that of the lowest held-out loss, or the newest."""
 
 _NAME = re.compile(r"step-(\d+)\.pt")
 
@@ -69,8 +71,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def find(folder: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step`, by default the newest. Raises CheckpointError where there is none."""
+def find(folder: Path, step: Step = None) -> Path:
+    """The checkpoint of `step`, "best", or by default the newest. Raises CheckpointError where there is none."""
+    if step == "best":
+        if not (folder / BEST).is_file():
+            raise CheckpointError(f"{folder}: no {BEST} here: nothing was evaluated yet")
+        return folder / BEST
     found = steps(folder)
     if not found:
         raise CheckpointError(f"{folder}: no checkpoint here")
@@ -123,8 +129,8 @@ def load_newest(folder: Path, *, rename: bool = False) -> tuple[dict[str, Any], 
     raise CheckpointError("\n".join(problems) or f"{folder}: no checkpoint here")
 
 
-def read(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """The checkpoint of `step`, or the newest that can be read, with a word on stderr on those that cannot.
+def read(folder: Path, step: Step = None) -> dict[str, Any]:
+    """The checkpoint of `step`, the "best", or the newest that can be read, with a word on stderr on those that cannot.
 
     Raises CheckpointError where there is none, or the one that was asked for cannot be read.
     """

@@ -37,7 +37,7 @@ def sample(
     folder: RunFolder,
     sampling: Sampling,
     *,
-    step: int | None = None,
+    step: checkpoint.Step = None,
     out: Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -45,7 +45,7 @@ def sample(
     shard: Shard | None = None,
     gif: bool = False,
 ) -> Path | None:
-    """Draw with the averaged weights of the checkpoint of `step`, by default the newest.
+    """Draw with the averaged weights of the checkpoint of `step`, the "best", or by default the newest.
 
     Writes the picture `out`, by default drawn-<step>-<sampler>.png in the run folder, beside it the array
     `samples (count, *)` in an .npz file of the same name, and with `gif` an animation of the first batch. Returns the

@@ -18,8 +18,8 @@ class Trained(NamedTuple):
     step: int
 
 
-def load(folder: RunFolder, step: int | None = None, *, device: str | None = None) -> Trained:
-    """The checkpoint of `step`, by default the newest that can be read, on `device`, by default the run's own.
+def load(folder: RunFolder, step: checkpoint.Step = None, *, device: str | None = None) -> Trained:
+    """The checkpoint of `step`, "best", or by default the newest that can be read, on `device`, by default the run's.
 
     Raises CheckpointError where there is none, and as `build.build`.
     """
