@@ -50,9 +50,15 @@ QCSBM_INLINE DoubleVector load_lanes(const double* p) {
   return v;
 }
 QCSBM_INLINE FloatVector load_lanes(const bfloat16* p) {
+#ifdef __AVX512F__
+  // one widening load, where GCC 12 makes six instructions of the general form
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (FloatVector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#else
   HalfwordVector h;
   memcpy(&h, p, sizeof h);
   return (FloatVector)(__builtin_convertvector(h, UintVector) << 16);
+#endif
 }
 
 QCSBM_INLINE void store_lanes(float* p, FloatVector v) { memcpy(p, &v, sizeof v); }
