@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import platform
@@ -18,7 +16,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import torch
 
-from qcsbm_fast.memory import keep_freed_memory
+from qcsbm_fast.memory import keep_freed_memory, peak_memory
 
 keep_freed_memory()  # as the command line does: no row pays for page faults
 RESULTS = Path(__file__).parent / "results"
@@ -77,27 +75,6 @@ def interleaved(
         floor = (floors or {}).get(name)
         rows.append(Row(name, median, low, high, speedup, floor, floor / median if floor else None))
     return rows
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes by which the process grows, at most, during one run; 0 where the system does not tell."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return 0
-
-    def kilobytes(field: str) -> int:
-        return next(
-            int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)
-        )
-
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
-    clear.write_text("5")  # the peak starts anew
-    before = kilobytes("VmRSS:")
-    run()
-    return 1024 * (kilobytes("VmHWM:") - before)
 
 
 def with_memory(rows: Sequence[Row], functions: Mapping[str, Callable[[], object]]) -> list[Row]:

@@ -39,6 +39,10 @@ class Setup:
         """The shape of one sample."""
         return self.train.shape[1:]
 
+    def copy(self) -> Setup:
+        """The same with a model of its own."""
+        return dataclasses.replace(self, score=copy.deepcopy(self.score))
+
 
 def build(config: Config) -> Setup:
     """Load the data and make the score model, its initial weights drawn from `config.seed`.

@@ -181,8 +181,9 @@ class Optim:
     """Optimiser steps in all, those before a resume included."""
     batch_size: Count = 128
     """Samples per optimiser step."""
-    accumulate: Count = 1
-    """Parts that a batch is worked off in, to save memory; must divide batch_size."""
+    accumulate: CountOrZero = 1
+    """Parts that a batch is worked off in, to save memory; must divide batch_size. 0 for as few as fit, found by
+    measuring small ones."""
     checkpoint_activations: Flag = False
     """ncsnpp: compute each block again in the backward pass in place of keeping its activations, to save memory."""
     lr: Positive = 2e-4
@@ -206,7 +207,7 @@ class Optim:
 
     @model_validator(mode="after")
     def _check_parts(self) -> Optim:
-        if self.batch_size % self.accumulate:
+        if self.accumulate and self.batch_size % self.accumulate:
             raise ValueError(f"accumulate = {self.accumulate} must divide batch_size = {self.batch_size}")
         return self
 

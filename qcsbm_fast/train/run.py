@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from qcsbm_fast.random import NoiseStream
-from qcsbm_fast.train import build, checkpoint, report
+from qcsbm_fast.train import build, checkpoint, fit, report
 from qcsbm_fast.train.config import Config, to_mapping
 from qcsbm_fast.train.distributed import Processes
 from qcsbm_fast.train.errors import ConfigError, RunError
@@ -54,7 +55,10 @@ def train(
     """
     with folder.lock() if processes.first else nullcontext():
         try:
-            return _train(config, folder, setup or build.build(config), processes)
+            setup = setup or build.build(config)
+            if config.optim.accumulate == 0:
+                config = _with_parts(config, setup, processes)
+            return _train(config, folder, setup, processes)
         except OSError as error:
             raise RunError(
                 f"{folder.path}: {error.strerror or error}: what was saved before is whole"
@@ -95,7 +99,7 @@ def make_trainer(
                 f"data: {len(bad)} of {len(finite)} training samples have an infinite value or one that is not a "
                 f"number, the first is number {int(bad[0])}; leave them out"
             )
-    part = config.optim.batch_size // config.optim.accumulate
+    part = config.optim.batch_size // max(1, config.optim.accumulate)
     if part < processes.world:
         raise ConfigError(
             f"optim.batch_size / optim.accumulate: expected at least one sample for each of the "
@@ -113,6 +117,15 @@ def make_trainer(
         scaled=policy(config.precision, setup.device).scaled,
         graph=build.captures_step(config, setup.device, several=processes.several),
     )
+
+
+def _with_parts(config: Config, setup: build.Setup, processes: Processes) -> Config:
+    """The settings with the number of parts that fit in memory, the same for all processes."""
+    found = fit.parts(config, setup, processes, lambda config: make_trainer(config, setup.copy()))
+    parts = processes.share(found if processes.first else None)
+    if processes.first:
+        print(f"optim.accumulate: {parts}, parts of {config.optim.batch_size // parts} samples fit in memory")
+    return replace(config, optim=replace(config.optim, accumulate=parts))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

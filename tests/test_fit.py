@@ -1,0 +1,98 @@
+"""As few parts of a batch as fit in memory, from the memory of small steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcsbm_fast import memory
+from qcsbm_fast.train import build, checkpoint, fit
+from qcsbm_fast.train.config import Config
+from qcsbm_fast.train.distributed import Processes
+from qcsbm_fast.train.errors import ConfigError
+from qcsbm_fast.train.folder import RunFolder, create
+from qcsbm_fast.train.presets import PRESETS
+from qcsbm_fast.train.run import make_trainer, train
+from test_distributed import small
+
+linux = pytest.mark.skipif(memory.peak_memory(lambda: None) is None, reason="the system does not tell")
+
+
+@linux
+def test_peak_memory_counts_what_is_held_at_once():
+    def work() -> None:
+        for _ in range(3):
+            torch.ones(2**22)  # 16 MiB, three times in turn
+
+    assert 15 < memory.peak_memory(work) / 2**20 < 40  # pyright: ignore[reportOptionalOperand]
+    free = memory.available_memory(torch.device("cpu"))
+    assert free is not None
+    assert 2**20 < free < 2**45
+
+
+@pytest.mark.parametrize(
+    ("room", "world", "expected"), [(1e12, 1, 1), (1e12, 3, 1), (800, 1, 2), (800, 2, 1), (210, 1, 16)]
+)
+def test_the_fewest_parts_that_fit(monkeypatch: pytest.MonkeyPatch, room: float, world: int, expected: int):
+    """With a step of n samples taking 100 + 10 n bytes and four fifths of the room in use."""
+    monkeypatch.setattr(fit, "available_memory", lambda _: int(room))
+    monkeypatch.setattr(fit, "_need", lambda _, size, *rest: 100 + 10 * size)
+    config = small(1)
+    config = replace(config, optim=replace(config.optim, batch_size=96, accumulate=0))
+    found = fit.parts(
+        config, build.build(config), Processes(0, world), lambda config: pytest.fail("no steps")
+    )
+    assert found == expected
+
+
+def test_too_little_memory_is_an_error_before_the_first_step(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fit, "available_memory", lambda _: 100)
+    monkeypatch.setattr(fit, "_need", lambda _, size, *rest: 100 + 10 * size)
+    config = small(1)
+    with pytest.raises(ConfigError, match="a step of one sample needs about 0 MiB, 0 MiB are free"):
+        fit.parts(config, build.build(config), Processes(), lambda config: pytest.fail("no steps"))
+    monkeypatch.setattr(fit, "available_memory", lambda _: None)
+    with pytest.raises(ConfigError, match="give a number"):
+        fit.parts(config, build.build(config), Processes(), lambda config: pytest.fail("no steps"))
+
+
+@linux
+def test_measured_steps_leave_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that finds its parts ends with the weights of one that was told them, and keeps the number."""
+    monkeypatch.setattr("qcsbm_fast.train.report.draw_pictures", lambda *_: None)
+    base = small(3)
+
+    def trained(config: Config, name: str) -> tuple[RunFolder, dict]:
+        folder = create(config, tmp_path / name)
+        train(config, folder)
+        return folder, checkpoint.load(checkpoint.find(folder.checkpoints))["trainer"]
+
+    folder, found = trained(replace(base, optim=replace(base.optim, accumulate=0)), "found")
+    assert folder.read_config().optim.accumulate == 1
+    _, told = trained(replace(base, optim=replace(base.optim, accumulate=1)), "told")
+    assert all(
+        torch.equal(a, b) for a, b in zip(found["score"].values(), told["score"].values(), strict=True)
+    )
+    assert torch.equal(found["torch_rng"], told["torch_rng"])
+
+
+@linux
+def test_the_memory_of_a_larger_step_is_foreseen():
+    """A network of images: the step of 64 samples takes what those of 4 and 8 say, within a third."""
+    base = PRESETS["digits"]
+    model = replace(base.model, nf=16, num_res_blocks=1, ch_mult=(1, 1), attn_resolutions=())
+    config = replace(base, model=model, device="cpu")
+    setup = build.build(config)
+
+    def need(size: int) -> int:
+        found = fit._need(config, size, lambda config: make_trainer(config, setup.copy()), setup.device)
+        assert found is not None
+        return found
+
+    need(64)  # libraries load
+    first, second, large = need(16), need(32), need(128)
+    foreseen = first + (second - first) / 16 * 112
+    assert 0.67 < large / foreseen < 1.5
