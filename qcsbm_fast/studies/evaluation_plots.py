@@ -44,13 +44,15 @@ def side_by_side(path: Path, runs: Mapping[str, Levels], samples: Mapping[str, P
     and NAsym, which would hide the others' differences.
     """
     width = max(10.5, 3.6 * len(runs))
-    figure = Figure(figsize=(width, 8.2), dpi=130, layout="constrained")
-    cells = figure.add_gridspec(2, 1, height_ratios=(1.12, 1.0))
+    pictures = {run: imread(path) for run, path in samples.items()}
+    heights = (max(p.shape[0] / p.shape[1] for p in pictures.values()) * width / len(runs) + 0.4, 3.8)
+    figure = Figure(figsize=(width, sum(heights)), dpi=130, layout="constrained")
+    cells = figure.add_gridspec(2, 1, height_ratios=heights)
     top, bottom = figure.add_subfigure(cells[0]), figure.add_subfigure(cells[1])
-    for index, (run, picture) in enumerate(samples.items()):
-        axes = top.add_subplot(1, len(samples), index + 1)
-        axes.imshow(imread(picture), interpolation="antialiased")
-        axes.set_title(run, color=_COLOURS[index % len(_COLOURS)])
+    for index, (run, picture) in enumerate(pictures.items()):
+        axes = top.add_subplot(1, len(pictures), index + 1)
+        axes.imshow(picture, interpolation="antialiased")
+        axes.set_title(run, color=_COLOURS[index % len(_COLOURS)], fontsize=10)
         axes.set_axis_off()
     for index, name in enumerate(_PANELS):
         axes = bottom.add_subplot(1, len(_PANELS), index + 1)
@@ -74,7 +76,8 @@ def _by_sigma(axes: Axes, runs: Mapping[str, Levels], name: str) -> None:
         axes.fill_between(levels["sigma"], low, mean + error, color=colour, alpha=0.2, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", title=_PANELS[name])
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+        few = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else few))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     hidden = [run for run, small in tiny.items() if small]
