@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "reproduce",
     "convert",
+    "bench",
     "info",
 )
 
