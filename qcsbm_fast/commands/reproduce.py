@@ -41,7 +41,7 @@ class Toy2D:
     jobs: Annotated[int | None, option("INT", "(default: the cores)")] = None
     """Models trained at a time, each in a process of its own."""
     fast: bool = False
-    """A minute's look: one density, one seed, 100 steps."""
+    """A minute's look: one density, one seed, one factor, 100 steps."""
     out: Path = Path("runs/toy2d")
     """Folder for the runs, table.md, results.json and the pictures."""
 
@@ -59,7 +59,7 @@ class Toy2D:
             densities=self.densities[:1] if self.fast else self.densities,
             kinds=self.kinds,
             seeds=self.seeds[:1] if self.fast else self.seeds,
-            factors=self.factors,
+            factors=self.factors[:1] if self.fast else self.factors,
             steps=self.steps or (100 if self.fast else None),
             workers=self.jobs or torch.get_num_threads(),
         )
