@@ -159,7 +159,7 @@ class Images:
         from qcsbm_fast.studies.evaluation import Settings, settings_for
         from qcsbm_fast.train.presets import PRESETS
 
-        few = Settings(points=50, levels=5, probes=1, oracle_points=10, nll_points=2, repeats=1, samples=10)
+        few = Settings(points=50, levels=5, probes=1, oracle_points=10, nll_points=2, repeats=1, samples=9)
         images.reproduce(
             self.out,
             PRESETS["digits" if self.fast else self.data],
