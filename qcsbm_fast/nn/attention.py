@@ -22,19 +22,24 @@ def attend(query: V, key: V, value: V) -> V:
     """
     if isinstance(query, Dual) and isinstance(key, Dual) and isinstance(value, Dual):
         probes, batch = query.tangents.shape[:2]
-        left = torch.cat([query.tangents, query.primal.expand_as(query.tangents)], -1)
-        right = torch.cat([key.primal.expand_as(key.tangents), key.tangents], -1)
+        left = torch.cat([query.tangents, _for_each_probe(query)], -1)
+        right = torch.cat([_for_each_probe(key), key.tangents], -1)
         z_tangents = torch.bmm(left.flatten(0, 1), right.flatten(0, 1).mT).unflatten(0, (probes, batch))
         p, p_tangents = ops.softmax_jvp(torch.bmm(query.primal, key.primal.mT), z_tangents)
         # p with all value', side by side: p is not repeated. The value is a product of its own, so that J^T v does not
         # pass through the tangents.
         columns = value.tangents.permute(1, 2, 0, 3).flatten(2)
         around = torch.bmm(p, columns).unflatten(2, (probes, -1)).permute(2, 0, 1, 3)
-        through = torch.bmm(
-            p_tangents.flatten(0, 1), value.primal.expand_as(value.tangents).flatten(0, 1)
-        ).unflatten(0, (probes, batch))
+        through = torch.bmm(p_tangents.flatten(0, 1), _for_each_probe(value).flatten(0, 1)).unflatten(
+            0, (probes, batch)
+        )
         return Dual(torch.bmm(p, value.primal), around + through)
     return ops.softmax(query @ key.mT) @ value  # pyright: ignore[reportOperatorIssue]
+
+
+def _for_each_probe(x: Dual) -> Tensor:
+    """The primal in the shape of the tangents; for a single one without the sum that ends an expansion's gradient."""
+    return x.primal[None].expand_as(x.tangents)
 
 
 class Attention(nn.Module):
