@@ -84,6 +84,16 @@ def test_double_backward_stands_in_one_file():
     assert calls == {"foreign.py"}
 
 
+def test_source_archive_holds_the_kernels(monkeypatch):
+    filelist = pytest.importorskip("setuptools._distutils.filelist")
+    monkeypatch.chdir(ROOT)
+    files = filelist.FileList()
+    files.findall()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        files.process_template_line(line)
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= set(files.files)
+
+
 @pytest.mark.parametrize("heavy", ["matplotlib", "scipy", "sklearn", "tensorboard", "tyro", "pydantic"])
 def test_import_leaves_heavy_packages_alone(heavy):
     program = f"import qcsbm_fast, sys; assert not any(m.split('.')[0] == {heavy!r} for m in sys.modules)"
