@@ -1,4 +1,8 @@
-"""Timing that can be trusted on a noisy machine: interleaved runs in one process, medians with their spread."""
+"""Timing that can be trusted on a noisy machine: interleaved runs in one process, medians with their spread.
+
+On a GPU by CUDA events, the work queued behind a pause, so that the host's launches show only where they take longer
+than the device's work.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +41,28 @@ class Row:
     memory: int | None = None
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+_PAUSE = 1_000_000  # cycles of a GPU, about half a millisecond
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    """One run."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_PAUSE)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def interleaved(
@@ -48,12 +71,14 @@ def interleaved(
     repeats: int = 15,
     warmup: int = 3,
     floors: Mapping[str, float] | None = None,
+    device: str = "cpu",
 ) -> list[Row]:
     """Runs all functions in turn, `repeats` times; the first is the baseline of the speed-ups.
 
     Args:
         functions: what to time, by name.
         floors: counted lower bounds in seconds; a row's share of it is floor / median.
+        device: "cpu" or "cuda", where they run.
     """
     for _ in range(warmup):
         for run in functions.values():
@@ -61,11 +86,7 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, run in functions.items():
-            _synchronize()
-            start = time.perf_counter()
-            run()
-            _synchronize()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(_seconds(run, device))
     rows: list[Row] = []
     base = samples[next(iter(functions))]
     for name, times in samples.items():
@@ -77,16 +98,18 @@ def interleaved(
     return rows
 
 
-def with_memory(rows: Sequence[Row], functions: Mapping[str, Callable[[], object]]) -> list[Row]:
+def with_memory(
+    rows: Sequence[Row], functions: Mapping[str, Callable[[], object]], device: str = "cpu"
+) -> list[Row]:
     """The rows with the peak memory of their functions."""
-    return [replace(row, memory=peak_memory(functions[row.name])) for row in rows]
+    return [replace(row, memory=peak_memory(functions[row.name], torch.device(device))) for row in rows]
 
 
 def copy_rate(numel: int = 2**24, device: str = "cpu") -> float:
     """Bytes per second that a copy of a large float32 tensor reads and writes."""
     source = torch.randn(numel, device=device)
     target = torch.empty_like(source)
-    row = interleaved({"copy": lambda: target.copy_(source)}, repeats=9)[0]
+    row = interleaved({"copy": lambda: target.copy_(source)}, repeats=9, device=device)[0]
     return 8 * numel / row.median
 
 
@@ -97,14 +120,16 @@ def matmul_rate(rows: int, inner: int, columns: int) -> float:
     return 2 * rows * inner * columns / row.median
 
 
-def report(title: str, rows: list[Row], **facts: object) -> None:
-    """Prints the table and writes it as JSON under bench/results."""
-    machine = {
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
+def report(title: str, rows: list[Row], device: str = "cpu", **facts: object) -> None:
+    """Prints the table, with what it was taken on, and writes it as JSON under bench/results, a GPU's beside the
+    CPU's."""
+    machine: dict[str, object] = {"torch": torch.__version__, "device": device}
+    if device == "cpu":
+        machine |= {
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+    else:
         machine["gpu"] = torch.cuda.get_device_name()
     print(f"\n{title}   ({', '.join(f'{k} {v}' for k, v in {**machine, **facts}.items())})")
     print(f"{'':<34}{'median ms':>11}{'quartiles ms':>24}{'speed-up':>10}{'of floor':>10}{'memory MB':>11}")
@@ -116,6 +141,7 @@ def report(title: str, rows: list[Row], **facts: object) -> None:
             f"{row.name:<34}{row.median * 1e3:>11.3f}{spread:>24}{row.speedup:>10.2f}{share:>10}{memory:>11}"
         )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{title.split(':')[0].replace(' ', '_')}.json"
+    name = title.split(":")[0].replace(" ", "_")
+    path = RESULTS / f"{name}{'' if device == 'cpu' else '_gpu'}.json"
     result = {"machine": machine, **facts, "rows": [asdict(r) for r in rows]}
     path.write_text(json.dumps(result, indent=1, default=str))

@@ -3,8 +3,9 @@
     python bench/ops.py [--device cpu|cuda] [NAME ...]
 
 Each row: the kernel, the reference beside it in the same run, and the share of the machine's copy rate that it
-reaches on the bytes of its arguments and results, each moved once. A kernel that disagrees with its reference is
-refused.
+reaches on the bytes of its arguments and results, each moved once; on a GPU also the reference under torch.compile and
+a copy within the device that moves as many bytes. A kernel that disagrees with its reference is refused. Without NAMEs
+also a sampler's step in plain torch, and the average of an image network's weights.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 
 import harness
 from qcsbm_fast import NoiseStream, ops
+from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.ops import backend
 from qcsbm_fast.ops.registry import OPS
+from qcsbm_fast.train.ema import EMA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import TABLE, arguments, outputs
@@ -50,13 +53,21 @@ def bench_op(name: str, rate: float, repeats: int, device: str) -> None:
     got = outputs(op(*call))
     if not agrees(got, outputs(op.reference(*call))):
         sys.exit(f"{name}: the kernel disagrees with its reference; see the tests before timing it")
-    floor = (tensor_bytes(call) + tensor_bytes(got)) / rate
+    moved = tensor_bytes(call) + tensor_bytes(got)
     functions: dict[str, Callable[[], object]] = {
         "reference": lambda: op.reference(*call),
         "kernel": lambda: op(*call),
     }
-    rows = harness.interleaved(functions, repeats=repeats, floors={"kernel": floor})
-    harness.report(f"op {name}", rows, size="x".join(map(str, entry.bench)))
+    timed = ["kernel"]
+    if device == "cuda":
+        compiled = torch.compile(op.reference)
+        source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        functions |= {"compiled reference": lambda: compiled(*call), "copy": lambda: target.copy_(source)}
+        timed += ["compiled reference", "copy"]
+    floors = dict.fromkeys(timed, moved / rate)
+    rows = harness.interleaved(functions, repeats=repeats, floors=floors, device=device)
+    harness.report(f"op {name}", rows, device, size="x".join(map(str, entry.bench)))
 
 
 def bench_sampler_step(rate: float, repeats: int, device: str, numel: int = 4 * 2**20) -> None:
@@ -73,8 +84,32 @@ def bench_sampler_step(rate: float, repeats: int, device: str, numel: int = 4 * 
         "eager, three operations": eager,
         "sde_step": lambda: ops.sde_step(x, s, a, b, c, stream.draw()),
     }
-    rows = harness.interleaved(functions, repeats=repeats, floors={"sde_step": 16 * numel / rate})
-    harness.report("sampler step", rows, floats=numel, copy_gb_per_s=round(rate / 1e9))
+    floors = {"sde_step": 16 * numel / rate}
+    rows = harness.interleaved(functions, repeats=repeats, floors=floors, device=device)
+    harness.report("sampler step", rows, device, floats=numel, copy_gb_per_s=round(rate / 1e9))
+
+
+def bench_average(rate: float, repeats: int, device: str) -> None:
+    """The average of an image network's weights, one tensor at a time and by both ways of `train.ema`, against the 12
+    bytes per weight that must move."""
+    net = NCSNpp(NCSNppConfig(nf=64, num_res_blocks=2)).to(device)
+    of_host, of_device = EMA(net, 0.999), EMA(net, 0.999, capturable=True)
+    pairs = list(zip(of_host.module.parameters(), net.parameters(), strict=True))
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for average, weight in pairs:
+            average.lerp_(weight, 1e-3)
+
+    functions: dict[str, Callable[[], object]] = {
+        "one tensor at a time": one_by_one,
+        "decay from the host": of_host.update,
+        "decay from the device": of_device.update,
+    }
+    weights = sum(p.numel() for p in net.parameters())
+    floors = dict.fromkeys(functions, 12 * weights / rate)
+    rows = harness.interleaved(functions, repeats=repeats, floors=floors, device=device)
+    harness.report("average of weights", rows, device, weights=weights, tensors=len(pairs))
 
 
 def main() -> None:
@@ -82,7 +117,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"ops (default: all): {', '.join(TABLE)}")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
+    default = harness.default_device()
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
@@ -92,6 +127,7 @@ def main() -> None:
             bench_op(name, rate, options.repeats, options.device)
     if not options.names:
         bench_sampler_step(rate, options.repeats, options.device)
+        bench_average(rate, options.repeats, options.device)
 
 
 if __name__ == "__main__":

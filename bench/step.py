@@ -2,7 +2,8 @@
 
 The floor of a step is `(3 + 4 f K)` times the FLOPs of one forward over the measured rate of a 3 x 3 convolution.
 A step is the loss and its gradients, without the optimiser. "any module" is the package's step of the baseline's own
-network, which knows nothing of duals. Run it alone on the machine.
+network, which knows nothing of duals. On a GPU where there is one, on the CPU otherwise, and the table says which; on a
+GPU also a step replayed as a CUDA graph. Run it alone on the machine.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,17 +19,20 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from baseline_ncsnpp import PlainNCSNpp, denoising_step, nested_step
-from harness import interleaved, report, with_memory
+from harness import default_device, interleaved, report, with_memory
 from qcsbm_fast import DenoisingObjective, NoiseStream, Score
+from qcsbm_fast.cuda_graph import Replayed
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.sde import VE
 
 
-def convolution_rate(channels: int, batch: int, dtype: torch.dtype) -> float:
+def convolution_rate(channels: int, batch: int, dtype: torch.dtype, device: str) -> float:
     """FLOP per second of a channels-last 3 x 3 convolution at 32 x 32 pixels."""
-    x = torch.randn(batch, channels, 32, 32).to(dtype=dtype, memory_format=torch.channels_last)
-    w = torch.randn(channels, channels, 3, 3).to(dtype=dtype, memory_format=torch.channels_last)
-    seconds = interleaved({"convolution": lambda: F.conv2d(x, w, padding=1)}, repeats=9)[0].median
+    form: dict[str, Any] = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
+    x = torch.randn(batch, channels, 32, 32).to(**form)
+    w = torch.randn(channels, channels, 3, 3).to(**form)
+    rows = interleaved({"convolution": lambda: F.conv2d(x, w, padding=1)}, repeats=9, device=device)
+    seconds = rows[0].median
     return 2 * 9 * x.numel() * channels / seconds
 
 
@@ -50,18 +54,22 @@ class Variants(NamedTuple):
     units: dict[str, float]
 
 
-def variants(setting: Setting, compiled: bool = False) -> Variants:
+def variants(setting: Setting, compiled: bool = False, device: str = "cpu") -> Variants:
     torch.manual_seed(0)
     net = NCSNpp(NCSNppConfig(nf=setting.nf, num_res_blocks=setting.blocks, dropout=0.0, init_scale=1.0))
+    net.to(device)
     plain = PlainNCSNpp(net)
-    x0, sigma = torch.rand(setting.batch, 3, 32, 32), torch.logspace(-2, 1, setting.batch)
+    x0, sigma = (
+        torch.rand(setting.batch, 3, 32, 32).to(device),
+        torch.logspace(-2, 1, setting.batch).to(device),
+    )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x0, sigma)
 
     def objective(network: nn.Module, factor: float, fraction: float = 1.0) -> DenoisingObjective:
         return DenoisingObjective(
             Score(network, VE(0.01, 50.0)),
-            stream=NoiseStream(0),
+            stream=NoiseStream(0, device),
             balancing_factor=factor,
             probes=setting.probes,
             fraction=fraction,
@@ -70,7 +78,7 @@ def variants(setting: Setting, compiled: bool = False) -> Variants:
 
     def ours(loss: DenoisingObjective, bfloat16: bool = False) -> None:
         loss.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             value = loss(x0).loss
         value.backward()
 
@@ -83,7 +91,7 @@ def variants(setting: Setting, compiled: bool = False) -> Variants:
         denoising_step(plain, x0, sigma)
 
     def sample(module: Callable[..., object], bfloat16: bool) -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             module(x0, sigma)
 
     functions = {
@@ -105,6 +113,10 @@ def variants(setting: Setting, compiled: bool = False) -> Variants:
         for name, (loss, count) in losses.items():
             functions[name + tail] = lambda loss=loss, bf=bf: ours(loss, bf)
             units[name + tail] = count
+            if device == "cuda":
+                replay = Replayed(functions[name + tail], torch.device(device))
+                functions[f"{name} graph{tail}"] = replay
+                units[f"{name} graph{tail}"] = count
         functions["forward" + tail] = lambda bf=bf: sample(net, bf)
         units["forward" + tail] = 1
         if compiled:
@@ -123,20 +135,22 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also time the forward under torch.compile")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    setting = Setting(a.nf, a.blocks, a.batch, a.probes)
-    functions, forward, units = variants(setting, a.compile)
+    setting, device = Setting(a.nf, a.blocks, a.batch, a.probes), default_device()
+    functions, forward, units = variants(setting, a.compile, device)
     rates = {
-        tail: convolution_rate(2 * a.nf, a.batch, dtype)
+        tail: convolution_rate(2 * a.nf, a.batch, dtype, device)
         for tail, dtype in (("", torch.float32), (" bf16", torch.bfloat16))
     }
     floors = {
         name: count * forward / rates[" bf16" if name.endswith(" bf16") else ""]
         for name, count in units.items()
     }
-    rows = interleaved(functions, repeats=a.repeats, warmup=1, floors=floors)
+    warmup = 1 if device == "cpu" else 4  # in which graphs are captured
+    rows = interleaved(functions, repeats=a.repeats, warmup=warmup, floors=floors, device=device)
     report(
         f"step nf {a.nf} blocks {a.blocks} batch {a.batch} K {a.probes}: NCSN++ at 32 x 32",
-        with_memory(rows, functions),
+        with_memory(rows, functions, device),
+        device,
         forward_gflop=round(forward / 1e9, 2),
         convolution_gflops=[round(rate / 1e9) for rate in rates.values()],
     )

@@ -64,7 +64,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: str, expect
         (
             "trian",
             "Unrecognized options: trian\nAvailable subcommands: train, sample, evaluate, compare, "
-            "reproduce, convert, info",
+            "reproduce, convert, bench, info",
         ),
         ("train --preset moons", "invalid choice 'moons' for argument '--preset'"),
         ("train --kind free", "invalid choice 'free' for argument '--kind/--model.kind'"),
