@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"kernels"},
     {"ops"},
-    {"dual", "foreign", "rules", "fused_rules", "linearize", "random", "sde", "nn"},
+    {"dual", "foreign", "rules", "fused_rules", "linearize", "random", "sde", "nn", "cuda_graph"},
     {"penalty", "divergence", "score", "objectives", "sampling", "likelihood", "metrics", "data", "info"},
     {"train"},
     {"studies", "compat"},
