@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qcsbm_fast.train import checkpoint
 from qcsbm_fast.train.config import Checkpoint, Config, Evaluation, Sampling
 from qcsbm_fast.train.distributed import Processes
 from qcsbm_fast.train.errors import ConfigError
-from qcsbm_fast.train.folder import create
+from qcsbm_fast.train.folder import RunFolder, create
 from qcsbm_fast.train.presets import PRESETS
 from qcsbm_fast.train.run import make_trainer
 from test_trainer import record
@@ -98,6 +99,34 @@ def small(steps: int, **changes: Any) -> Config:
     return dataclasses.replace(base, **{**settings, **changes})
 
 
+def images(steps: int, **changes: Any) -> Config:
+    """A network whose weights are stored channels-last."""
+    base = PRESETS["digits"]
+    model = dataclasses.replace(
+        base.model, nf=4, num_res_blocks=1, ch_mult=(1, 1), attn_resolutions=(4,), dropout=0.0, init_scale=1.0
+    )
+    optim = dataclasses.replace(base.optim, batch_size=16, lr=1e-3)
+    return small(
+        steps,
+        **{"preset": "digits", "data": base.data, "model": model, "sde": base.sde, "optim": optim, **changes},
+    )
+
+
+def agree(folders: Sequence[RunFolder], seen: int) -> None:
+    """The newest checkpoints hold the same, to rounding, all of it whole."""
+    state, *others = (checkpoint.load(checkpoint.find(folder.checkpoints))["trainer"] for folder in folders)
+    for other in others:
+        assert state["images"] == other["images"] == seen
+        for part in ("score", "ema"):
+            mine, theirs = (s[part].get("module", s[part]) for s in (state, other))
+            for name, value in mine.items():
+                torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
+        for index, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                theirs = other["optimizer"]["state"][index][name]
+                torch.testing.assert_close(theirs, value, rtol=1e-2, atol=1e-4)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,17 +145,19 @@ def torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 def test_two_processes_take_the_steps_of_one_and_each_resumes_the_other(tmp_path: Path) -> None:
     one, two = (create(small(12), tmp_path / name) for name in ("one", "two"))
-    shared = create(
-        small(12, fsdp=True), tmp_path / "shared"
-    )  # weights in shares, saved whole and read again
+    shared = create(small(12, fsdp=True), tmp_path / "shared")  # weights in shares, saved whole
     folders = (one, two, shared)
+    pictures = [create(images(9, fsdp=fsdp), tmp_path / f"pictures-{fsdp}") for fsdp in (False, True)]
     jobs = [(one, 1, 6), (one, 2, 12), (two, 2, 6), (two, 1, 12), (shared, 2, 6), (shared, 2, 12)]
+    jobs += [(pictures[0], 1, 9), (pictures[1], 1, 3), (pictures[1], 2, 6), (pictures[1], 1, 9)]
     program = [sys.executable, Path(__file__).parent / "fork_world.py", free_port()]
     command = [*program, *(part for folder, count, steps in jobs for part in (folder.path, count, steps))]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     # the first process speaks for all
     assert [result.stdout.count(f"Run folder: {folder.path}") for folder in folders] == [2, 2, 2]
+    agree(pictures, 9 * 16)
+    agree(folders, 12 * 48)
     # two processes wrote the first half of one record, one process that of the other
     rows = [record(folder) for folder in folders]
     assert [row["step"] for row in rows[0]] == [3, 6, 9, 12]
@@ -135,17 +166,6 @@ def test_two_processes_take_the_steps_of_one_and_each_resumes_the_other(tmp_path
             assert a.keys() == b.keys()
             for name in a:
                 assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
-    state, *others = (checkpoint.load(checkpoint.find(folder.checkpoints))["trainer"] for folder in folders)
-    for other in others:
-        assert state["images"] == other["images"] == 12 * 48
-        for part in ("score", "ema"):
-            mine, theirs = (s[part].get("module", s[part]) for s in (state, other))
-            for name, value in mine.items():
-                torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5)
-        for index, moments in state["optimizer"]["state"].items():
-            for name, value in moments.items():
-                theirs = other["optimizer"]["state"][index][name]
-                torch.testing.assert_close(theirs, value, rtol=1e-2, atol=1e-4)
 
 
 def test_a_signal_stops_all_at_the_same_step(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def shard(module: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout
     device = next(module.parameters()).device.type
     fully_shard(module, mesh=init_device_mesh(device, (torch.distributed.get_world_size(),)))
 
@@ -41,12 +43,13 @@ def load(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads whole moments beside parameters that may be in shares."""
+    """Loads whole moments beside parameters that may be in shares, in their layout: fused Adam reads both in step."""
     optimizer.load_state_dict(state)
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entries[name] = _share(value, parameter)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                shared = _share(value, parameter)
+                entries[name] = torch.empty_like(parameter).copy_(shared)
 
 
 def _is_shared(value: object) -> bool:
@@ -58,7 +61,7 @@ def _share(value: Tensor, like: Tensor | None) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    value = value.to(like.device)
+    value = value.to(like.device).contiguous()
     return distribute_tensor(
         value,
         like.device_mesh,  # pyright: ignore[reportAttributeAccessIssue]
