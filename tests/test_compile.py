@@ -34,11 +34,12 @@ def _traces_gradients() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def gradients(images: bool, settings: dict[str, Any]) -> Callable[[Tensor], Gradients]:
+def gradients(images: bool, settings: dict[str, Any], device: str = "cpu") -> Callable[[Tensor], Gradients]:
     """A function of a batch: the statistics and the gradient of each parameter."""
     torch.manual_seed(0)
-    score = Score(NCSNpp(RGB) if images else ToyMLP("identity"), sde.VE(0.1, 3.0), "quasi-conservative")
-    objective = DenoisingObjective(score, stream=NoiseStream(3), **settings)
+    network = NCSNpp(RGB) if images else ToyMLP("identity")
+    score = Score(network, sde.VE(0.1, 3.0), "quasi-conservative").to(device)
+    objective = DenoisingObjective(score, stream=NoiseStream(3, device), **settings)
     parameters = list(objective.parameters())
 
     def step(x0: Tensor) -> Gradients:
