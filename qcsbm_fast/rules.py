@@ -32,7 +32,7 @@ from .fused_rules import FUSED, duals, only_first
 
 # The functions and methods of each kind, by name.
 _NAMES = {
-    "views": "reshape view permute transpose swapaxes swapdims movedim moveaxis flatten unflatten unsqueeze "
+    "views": "reshape view permute transpose swapaxes swapdims movedim flatten unflatten unsqueeze "
     "squeeze expand chunk split tensor_split unbind narrow select getitem t ravel contiguous to type float double "
     "half bfloat16",
     "linear": "sum mean cumsum flip roll repeat tile repeat_interleave index_select clone neg negative",
@@ -40,7 +40,7 @@ _NAMES = {
     "weighted": "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     "products": "matmul mm bmm einsum",
     "elementwise": "relu sigmoid tanh exp gelu elu selu celu softplus softsign log log1p expm1 sqrt rsqrt square abs "
-    "sin cos sinh cosh atan erf reciprocal pow clamp clamp_min clamp_max hardtanh relu6 hardswish hardsigmoid mish "
+    "sin cos sinh cosh atan erf reciprocal pow clamp clamp_min clamp_max hardtanh relu6 hardswish mish "
     "leaky_relu logsigmoid tanhshrink",
     "constant": "detach gt lt ge le eq ne isnan isfinite argmax zeros_like ones_like empty_like rand_like randn_like "
     "new_zeros new_ones new_empty new_full",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from baseline_ncsnpp import PlainNCSNpp
 from oracles import parameter_gradient, probe_penalty
+from qcsbm_fast import rules
 from qcsbm_fast.dual import Dual, DualUnsupported
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.penalty import asymmetry
@@ -57,6 +58,13 @@ ROWS = {
     "in_place": lambda x: torch.relu_((x * 1).add_(x).mul_(2.0)) + F.silu(x * 2, inplace=True).clamp_(max=1),
     "in_place_operators": lambda x: twice(x + 1, x) + x,
     "interpolate_1d": lambda x: F.interpolate(x[:, None], scale_factor=2.0, mode="linear"),
+    "copies": lambda x: (
+        x.repeat(1, 2).tile(2, 1)[:3, :4] + x.repeat_interleave(2, 0)[:3]
+        + x.index_select(1, torch.tensor([0, 0, 2, 1]))
+        + x.clone().negative().ravel().reshape(3, 4) + x.swapaxes(0, 1).moveaxis(0, 1) + torch.subtract(x, 2 * x)
+        + torch.tensor_split(x, 2, 1)[1].sum() + torch.divide(x, 3).true_divide(2) + torch.multiply(x, VEC)
+    ),
+    "dtypes": lambda x: x.to(torch.float64).double().type(torch.float64) * x.to(VEC).type_as(VEC),
     "overload": lambda x: torch.ops.aten.sigmoid.default(x) * torch.ops.aten.tanh(x),
 }  # fmt: skip
 
@@ -77,6 +85,9 @@ IMAGES = {
         + F.interpolate(F.avg_pool2d(x, 2), scale_factor=4) + F.pixel_shuffle(x, 2).sum(1, True).mean()
     ),
     "pad": lambda x: F.pad(x, (1, 0, 2, 1)) + F.pad(x, (1, 0, 2, 1), value=3.0) + F.pad(x, (0, 1, 1, 2), "replicate"),
+    "resampling_2": lambda x: F.pixel_unshuffle(x, 2).mean() + F.adaptive_avg_pool2d(x, 2) * x[..., :2, :2],
+    "conv_3d": lambda x: F.conv3d(x[:, None], CONV[:2, :1, None]),
+    "conv_transposed_1d": lambda x: F.conv_transpose1d(x.flatten(2), CONV[:4, :2, 0], stride=2),
     "max_pool": lambda x: F.max_pool2d(x, 2),
     "attention": lambda x: attend(x.flatten(2)),
     "batch_norm": lambda x: F.silu(F.batch_norm(x, VEC, VEC.square() + 0.1)),
@@ -126,6 +137,14 @@ def attend(x):
     return causal + masked + F.scaled_dot_product_attention(q, KEYS, KEYS * 2, scale=0.3)
 
 
+def by_name(name):
+    function = getattr(torch, name, None) or getattr(F, name)
+    arguments = {"pow": (3.0,), "clamp": (-0.5, 0.5), "clamp_min": (0.1,), "clamp_max": (0.1,)}.get(name, ())
+    positive = name in ("log", "log1p", "sqrt", "rsqrt", "reciprocal")
+    return lambda x: function(x * x + 0.1 if positive else x, *arguments)
+
+
+ROWS |= {f"elementwise_{name}": by_name(name) for name in rules._NAMES["elementwise"].split()}
 CASES = [(f, (3, 4)) for f in ROWS.values()] + [(f, (3, 4, 4, 6)) for f in IMAGES.values()]
 
 
