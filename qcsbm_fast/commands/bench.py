@@ -69,7 +69,9 @@ def run(command: Command) -> None:
         device=command.device,
         precision=command.precision or config.precision,
         optim=replace(
-            config.optim, batch_size=size, accumulate=1 if command.batch_size else max(1, config.optim.accumulate)
+            config.optim,
+            batch_size=size,
+            accumulate=1 if command.batch_size else max(1, config.optim.accumulate),
         ),
     )
     if command.bare:
