@@ -209,11 +209,11 @@ def test_out_of_memory_names_the_settings(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Trainer, "step", greedy)
     base = tiny(5)
-    config = dataclasses.replace(base, penalty=dataclasses.replace(base.penalty, probes=4))
+    config = dataclasses.replace(base, penalty=dataclasses.replace(base.penalty, probes=4, exact=False))
     with pytest.raises(RunError, match="out of memory") as error:
         run.train(config, create(config, tmp_path / "run"))
     for text in ("--optim.accumulate (now 1)", "--penalty.probes (now 4)", "--penalty.fraction (now 1)",
-                 "--optim.batch-size (now 32)", "--precision bfloat16"):  # fmt: skip
+                 "--optim.batch-size (now 32)", "--precision bfloat16", "--penalty.probe-chunk 1"):  # fmt: skip
         assert text in str(error.value)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="unconstrained"))
     with pytest.raises(RunError, match="out of memory") as error:

@@ -138,9 +138,13 @@ def _more_memory(config: Config, error: RuntimeError) -> str:
     remedies = [f"raise --optim.accumulate (now {optim.accumulate}), which changes no result"]
     if config.model.kind == "quasi-conservative":
         if penalty.probes > 1:
+            if penalty.probe_chunk != 1 and not penalty.exact:
+                remedies.append("use --penalty.probe-chunk 1, which changes no result and takes longer")
             remedies.append(f"lower --penalty.probes (now {penalty.probes})")
         if penalty.fraction > 0.125:
             remedies.append(f"lower --penalty.fraction (now {penalty.fraction:g})")
+    if config.model.network == "ncsnpp" and not optim.checkpoint_activations:
+        remedies.append("use --optim.checkpoint-activations, which changes no result and takes longer")
     remedies.append(f"lower --optim.batch-size (now {optim.batch_size})")
     if config.precision == "float32":
         remedies.append("use --precision bfloat16")
