@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ def push(fn: Callable[[Any], Any], x: Tensor, v: Tensor) -> Linearization:
             value, jv = foreign.push(fn, leaf, v)
         except Exception as error:
             raise error from not_dual
+        reason = str(not_dual).partition("\n")[0][:160]
+        warnings.warn(f"fn goes through PyTorch's forward mode as a whole, slower: {reason}", stacklevel=3)
     else:
         if not isinstance(result, Dual):
             raise TypeError(f"fn: expected a value that depends on its input, got {type(result).__name__}")

@@ -135,7 +135,7 @@ MODULES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:J v comes from two nested VJPs")
+@pytest.mark.filterwarnings("ignore:J v comes from two nested VJPs", "ignore:fn goes through")
 @pytest.mark.parametrize("probes", [1, 3])
 @pytest.mark.parametrize("name", MODULES)
 def test_value_and_gradient_equal_full_second_order(name, probes):
@@ -172,7 +172,18 @@ def test_what_would_be_silently_wrong_raises(function):
         asymmetry(with_function(function), torch.randn(4, 6))
 
 
-@pytest.mark.filterwarnings("ignore:J v comes from two nested VJPs")
+@pytest.mark.filterwarnings("ignore:J v comes from two nested VJPs", "ignore:fn goes through")
+def test_what_cannot_be_pushed_call_by_call_says_so():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    with pytest.warns(
+        UserWarning, match="forward mode as a whole, slower: nothing is done in place on this Dual"
+    ):
+        asymmetry(InPlace(), x)
+    with pytest.warns(UserWarning, match="J v comes from two nested VJPs"):
+        asymmetry(with_function(OldFunction.apply), x)
+
+
 def test_layer_norm_where_only_nested_vjps_reach():
     """The gradient of torch's own layer norm through two nested VJPs is wrong; here the oracle has it in full."""
     torch.manual_seed(0)
