@@ -65,6 +65,7 @@ class Simulator:
         self._buffers: list[np.ndarray] = []
         self._failure: Exception | None = None
         self.launches: list[str] = []
+        self.loaded = self.stored = 0  # bytes of global memory that the last call asked for
         self._library = torch.library.Library("qcsbm_simulated", "DEF")
         for op in OPS.values():
             self._library.define(str(op.overload._schema).removeprefix("qcsbm::"))
@@ -80,6 +81,7 @@ class Simulator:
         op = getattr(torch.ops.qcsbm_simulated, name).default
         self._buffers = [storage_bytes(a) for a in arguments if isinstance(a, Tensor) and a.numel()]
         self._failure, self.launches = None, []
+        self.loaded = self.stored = 0
         try:
             with Allocations(self._buffers):
                 result = op._op_dk(torch._C.DispatchKey.CPU, *arguments)
@@ -102,6 +104,8 @@ class Simulator:
                 ],
                 shared_bytes=shared,
             )
+            self.loaded += run.stats.bytes_loaded["global"]
+            self.stored += run.stats.bytes_stored["global"]
             faults = [*run.races, *run.warnings, *run.uninitialised]
             assert not faults, (kernel, faults)
         except Exception as error:

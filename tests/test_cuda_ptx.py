@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import gpu_static
-from cases import DTYPES, TABLE, Draw, arguments, assert_accurate, every_case
+from cases import DTYPES, IMAGES, TABLE, Draw, arguments, assert_accurate, every_case
 from cuda_ptx import SOURCES, Simulator, has_nvcc
 from qcsbm_fast.ops.registry import OPS
 
@@ -32,6 +32,26 @@ PACKED = {
     ("scaled_add", "scaled_add_kernel"): 3,
     ("softmax", "softmax_kernel"): 7,
     ("softmax", "softmax_adjoint_kernel"): 11,
+}
+# Values that an op asks memory and caches for, and those it writes, per element, for two probes where it has tangents;
+# what belongs to a row, channel or block comes on top. docs/gpu.md has them for any number.
+TRAFFIC = {
+    ("asymmetry", "one-probe"): (2, 1),
+    ("scaled_add", "add"): (2, 1),
+    ("bias_act", "silu"): (1, 1),
+    ("bias_act_vjp", "swish"): (2, 1),
+    ("bias_act_jvp", "swish"): (3, 3),
+    ("bias_act_jvp_vjp", "swish"): (6, 3),
+    ("softmax", "softmax"): (3, 1),
+    ("softmax_vjp", "softmax"): (4, 1),
+    ("softmax_jvp", "probes"): (10, 3),
+    ("softmax_jvp_vjp", "both"): (15, 3),
+    ("fir", "up"): (24, 4),
+    ("fir", "down"): (5.5, 0.25),
+    ("group_norm_silu", "silu"): (3, 1),
+    ("group_norm_silu_vjp", "silu"): (4.5, 1),
+    ("group_norm_silu_jvp", "silu"): (12, 3),
+    ("group_norm_silu_jvp_vjp", "silu"): (25.5, 3),
 }
 
 
@@ -104,6 +124,16 @@ def test_registration_refuses_strided_memory(simulator: Simulator, name: str) ->
     call[0] = torch.stack([call[0], call[0]], -1)[..., 0]
     with pytest.raises(RuntimeError, match=r"expected (contiguous|channels-last)"):
         simulator(name, *call)
+
+
+@pytest.mark.parametrize(("name", "variant"), TRAFFIC)
+def test_traffic(simulator: Simulator, name: str, variant: str) -> None:
+    """Each result is written once; what is read more than once is read as often as the documentation says."""
+    size = (4, 64, 16, 16) if TABLE[name].sizes is IMAGES else (64, 512)
+    simulator(name, *arguments(TABLE[name], variant, size, torch.float32))
+    elements = torch.Size(size).numel()
+    for moved, expected in zip((simulator.loaded, simulator.stored), TRAFFIC[name, variant], strict=True):
+        assert expected <= moved / 4 / elements <= expected + 0.4
 
 
 @pytest.mark.parametrize("source", SOURCES)
