@@ -1,28 +1,48 @@
 // What the group normalisation's kernels share: tasks, their statistics, and SiLU's derivatives; the formulas and their
-// names (n, r, P t, w, h) stand in qcsbm_fast/ops/group_norm_silu.py. A task is one sample and some groups, 32 channels
-// or more: it reads them from memory once, and again from the second-level cache.
+// names (n, r, P t, w, h) stand in qcsbm_fast/ops/group_norm_silu.py. A task is one sample and some groups: it reads them
+// from memory once, and again from the second-level cache.
 #pragma once
+
+#include <omp.h>
 
 #include "simd.h"
 
 namespace qcsbm::QCSBM_ISA {
 namespace {
 
-// Pixels that are handled together: what is computed for them stays in the first-level cache.
+// Pixels that are handled together, channel by channel: what is read and computed for them stays in the nearer caches.
 constexpr int64_t kRows = 32;
+
+// Numbers that a task may read, so that it finds them again in the second-level cache.
+constexpr int64_t kTaskSize = 1 << 18;
 
 struct Images {
   int64_t batch, pixels, channels, groups, probes;
   bool silu;
+  int64_t task_groups;  // of one task; the last one of a sample may have fewer
+
+  Images(int64_t batch, int64_t pixels, int64_t channels, int64_t groups, int64_t probes, bool silu)
+      : batch(batch),
+        pixels(pixels),
+        channels(channels),
+        groups(groups),
+        probes(probes),
+        silu(silu),
+        task_groups(groups_of_a_task()) {}
   int64_t width() const { return channels / groups; }
   int64_t size() const { return batch * pixels * channels; }
-  // Groups of one task: few enough to share the work, and their channels a multiple of a vector if that can be.
-  int64_t groups_per_task() const {
-    int64_t count = 1;
-    while (count < groups && (count * width() < 32 || count * width() % 16)) ++count;
-    return count;
+  int64_t tasks_per_sample() const { return blocks_of(groups, task_groups); }
+
+ private:
+  // Memory is read fastest where a task has all channels, one behind the other. But all threads must have work, and the
+  // channels of a part should be 32 or more, a multiple of a vector.
+  int64_t groups_of_a_task() const {
+    int64_t unit = 1;
+    while (unit < groups && (unit * width() < 32 || unit * width() % 16)) ++unit;
+    const int64_t parts = std::max(blocks_of(4 * omp_get_max_threads(), std::max<int64_t>(batch, 1)),
+                                   blocks_of(pixels * channels * (1 + probes), kTaskSize));
+    return std::max(unit, groups / std::max<int64_t>(parts, 1) / unit * unit);
   }
-  int64_t tasks_per_sample() const { return blocks_of(groups, groups_per_task()); }
 };
 
 template <typename V>
@@ -51,8 +71,8 @@ struct Task {
   Task(const Images& im, int64_t index, A* scratch)
       : im(im),
         sample(index / im.tasks_per_sample()),
-        first(index % im.tasks_per_sample() * im.groups_per_task() * im.width()),
-        count(std::min(im.groups_per_task() * im.width(), im.channels - first)),
+        first(index % im.tasks_per_sample() * im.task_groups * im.width()),
+        count(std::min(im.task_groups * im.width(), im.channels - first)),
         scratch(scratch),
         offset(array(0)),
         r(array(1)),
@@ -61,7 +81,7 @@ struct Task {
 
   // Channels of a task, at most, in whole vectors.
   static int64_t stride(const Images& im) {
-    return blocks_of(std::min(im.groups_per_task() * im.width(), im.channels), W) * W;
+    return blocks_of(std::min(im.task_groups * im.width(), im.channels), W) * W;
   }
   // The i-th array of one number per channel; the first four are named above.
   A* array(int64_t i) const { return scratch + i * stride(im); }
@@ -113,57 +133,40 @@ struct Task {
   A bias_of(const A* bias, int64_t c) const { return bias ? bias[sample * im.channels + first + c] : A(0); }
 
   // Statistics of value and tangents from one pass: each block of pixels has means and centred moments of its own, which
-  // are combined without cancellation (Chan et al. 1979). `blocks` has room for (1 + K) vectors per block.
-  void find_statistics(const T* x, const T* tangents, const A* bias, double eps, A* statistics, A* tangent_statistics,
-                       A* blocks) {
+  // are combined without cancellation (Chan et al. 1979).
+  void find_statistics(const T* x, const T* tangents, const A* bias, double eps, A* statistics, A* tangent_statistics) {
     const T* xs = at(x);
     A *mean = array(4), *moment = array(5);
-    for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
-      V total = {}, squares = {};
-      int64_t block = 0;
-      for (int64_t k = 0; k < im.probes; ++k) {
-        store_lanes(array(6 + 2 * k) + c, V{});
-        store_lanes(array(7 + 2 * k) + c, V{});
-      }
-      for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+    // Per tangent: mean(t), and the sum of the centred products with x.
+    const auto t_mean = [&](int64_t k) { return array(6 + 2 * k); };
+    const auto product = [&](int64_t k) { return array(7 + 2 * k); };
+    std::fill_n(mean, (2 + 2 * im.probes) * stride(im), A(0));
+    for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+      const A share = static_cast<A>(rows) / static_cast<A>(begin + rows), weight = share * static_cast<A>(begin);
+      for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
         const T* from = xs + begin * im.channels + c;
-        V sum = {}, square = {};
+        V sum = {}, squares = {};
         for (int64_t row = 0; row < rows; ++row) sum += load_lanes(from + row * im.channels, lanes);
-        const V m = sum / static_cast<A>(rows);
+        const V m = sum / static_cast<A>(rows), before = load_lanes(mean + c), d = m - before;
         for (int64_t row = 0; row < rows; ++row) {
-          const V d = load_lanes(from + row * im.channels, lanes) - m;
-          square += d * d;
+          const V e = load_lanes(from + row * im.channels, lanes) - m;
+          squares += e * e;
         }
-        total += sum;
-        squares += square;
-        store_lanes(blocks + block * W, m);
+        store_lanes(mean + c, before + d * share);
+        store_lanes(moment + c, load_lanes(moment + c) + squares + d * d * weight);
         for (int64_t k = 0; k < im.probes; ++k) {
           const T* ts = at(tangents, k) + begin * im.channels + c;
-          V t_sum = {}, product = {};
+          V t_sum = {}, products = {};
           for (int64_t row = 0; row < rows; ++row) {
             const V t = load_lanes(ts + row * im.channels, lanes);
             t_sum += t;
-            product += t * (load_lanes(from + row * im.channels, lanes) - m);
+            products += t * (load_lanes(from + row * im.channels, lanes) - m);
           }
-          store_lanes(blocks + ((1 + k) * blocks_of(im.pixels, kRows) + block) * W, t_sum);
-          store_lanes(array(6 + 2 * k) + c, load_lanes(array(6 + 2 * k) + c) + t_sum);
-          store_lanes(array(7 + 2 * k) + c, load_lanes(array(7 + 2 * k) + c) + product);
+          const V t_before = load_lanes(t_mean(k) + c), dt = t_sum / static_cast<A>(rows) - t_before;
+          store_lanes(t_mean(k) + c, t_before + dt * share);
+          store_lanes(product(k) + c, load_lanes(product(k) + c) + products + d * dt * weight);
         }
-        ++block;
       });
-      const V m = total / static_cast<A>(im.pixels);
-      block = 0;
-      for_blocks([&](int64_t, int64_t rows) QCSBM_LAMBDA {
-        const V d = load_lanes(blocks + block * W) - m;
-        squares += d * d * static_cast<A>(rows);
-        for (int64_t k = 0; k < im.probes; ++k) {
-          const V t_sum = load_lanes(blocks + ((1 + k) * blocks_of(im.pixels, kRows) + block) * W);
-          store_lanes(array(7 + 2 * k) + c, load_lanes(array(7 + 2 * k) + c) + d * t_sum);
-        }
-        ++block;
-      });
-      store_lanes(mean + c, m);
-      store_lanes(moment + c, squares);
     });
     for (int64_t g = 0; g < groups(); ++g) {
       const int64_t begin = g * im.width(), end = begin + im.width();
@@ -178,14 +181,14 @@ struct Task {
       group_at(statistics)[2 * g] = static_cast<A>(centre);
       group_at(statistics)[2 * g + 1] = static_cast<A>(scale);
       for (int64_t k = 0; k < im.probes; ++k) {
-        double t_sum = 0, product = 0;
+        double t_sum = 0, products = 0;
         for (int64_t c = begin; c < end; ++c) {
-          t_sum += array(6 + 2 * k)[c];
-          product += array(7 + 2 * k)[c] +
-                     (mean[c] + static_cast<double>(bias_of(bias, c)) - centre) * array(6 + 2 * k)[c];
+          const double of_channel = t_mean(k)[c] * static_cast<double>(im.pixels);
+          t_sum += of_channel;
+          products += product(k)[c] + (mean[c] + static_cast<double>(bias_of(bias, c)) - centre) * of_channel;
         }
         group_at(tangent_statistics, k)[2 * g] = static_cast<A>(t_sum / elements());
-        group_at(tangent_statistics, k)[2 * g + 1] = static_cast<A>(scale * product / elements());
+        group_at(tangent_statistics, k)[2 * g + 1] = static_cast<A>(scale * products / elements());
       }
     }
   }

@@ -11,20 +11,19 @@ void group_norm_silu(const T* x, const T* tangents, const acc_t<T>* bias, const 
   using A = acc_t<T>;
   using V = vec_t<T>;
   const Images im{batch, pixels, channels, groups, probes, silu};
-  const int64_t extra = (1 + probes) * blocks_of(pixels, kRows) * kLanes<T>;
-  for_tasks<T>(im, 6 + 2 * probes, extra, [&](Task<T>& task, A* free) {
+  for_tasks<T>(im, 6 + 2 * probes, 0, [&](Task<T>& task, A*) {
     task.take(gamma, beta);
-    task.find_statistics(x, tangents, bias, eps, statistics, tangent_statistics, free);
+    task.find_statistics(x, tangents, bias, eps, statistics, tangent_statistics);
     task.use_statistics(statistics, bias);
     for (int64_t k = 0; k < probes; ++k)
       task.use_tangent_statistics(tangent_statistics, k, task.array(6 + 2 * k), task.array(7 + 2 * k));
     const T* xs = task.at(x);
     T* ys = task.at(y);
-    task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
-      const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), gamma_c = load_lanes(task.gamma + c),
-              beta_c = load_lanes(task.beta + c), scale = gamma_c * r;
-      V n[kRows], slope[kRows];
-      task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+    task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+      task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
+        const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), gamma_c = load_lanes(task.gamma + c),
+                beta_c = load_lanes(task.beta + c), scale = gamma_c * r;
+        V n[kRows], slope[kRows];
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t i = (begin + row) * channels + c;
           n[row] = (load_lanes(xs + i, lanes) + shift) * r;

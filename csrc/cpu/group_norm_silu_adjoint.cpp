@@ -49,13 +49,14 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
       task.use_tangent_statistics(tangent_statistics, k, of(k, 1), of(k, 2));
       for (int64_t which : {0, 3, 5}) std::fill_n(of(k, which), task.stride(im), A(0));
     }
+    std::fill_n(plain, 4 * task.stride(im), A(0));  // and weighted, n_sums, slopes
     const T *xs = task.at(x), *gs = g ? task.at(g) : nullptr;
-    task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
-      const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), gamma_c = load_lanes(task.gamma + c),
-              beta_c = load_lanes(task.beta + c), scale = gamma_c * r;
-      V sum = {}, n_weighted = {}, n_sum = {}, slope_sum = {};
-      V n[kRows], slope[kRows], bend[kRows], inner[kRows];
-      task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+    const auto accumulate = [](A* sums, V value) QCSBM_LAMBDA { store_lanes(sums, load_lanes(sums) + value); };
+    task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+      task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
+        const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), gamma_c = load_lanes(task.gamma + c),
+                beta_c = load_lanes(task.beta + c), scale = gamma_c * r;
+        V n[kRows], slope[kRows], bend[kRows], inner[kRows], slope_sum = {};
         for (int64_t row = 0; row < rows; ++row) {
           n[row] = (load_lanes(xs + (begin + row) * channels + c, lanes) + shift) * r;
           const SiluJet<V> f = silu_jet(gamma_c * n[row] + beta_c, silu);
@@ -79,28 +80,25 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
             inner[row] += gk * pt;
             store_lanes(ws + (begin + row) * step + c, w * gamma_c, lanes);
           }
-          store_lanes(of(k, 0) + c, load_lanes(of(k, 0) + c) + t_sum);
-          store_lanes(of(k, 3) + c, load_lanes(of(k, 3) + c) + w_sum);
-          store_lanes(of(k, 5) + c, load_lanes(of(k, 5) + c) + nw_sum);
+          accumulate(of(k, 0) + c, t_sum);
+          accumulate(of(k, 3) + c, w_sum);
+          accumulate(of(k, 5) + c, nw_sum);
         }
         A* const hs = kept(0);
-        V block_sum = {}, block_weighted = {}, block_n = {};
+        V sum = {}, n_weighted = {}, n_sum = {};
         for (int64_t row = 0; row < rows; ++row) {
           V ga = bend[row] * inner[row];
           if (gs) ga += slope[row] * load_lanes(gs + (begin + row) * channels + c, lanes);
-          block_sum += ga;
-          block_weighted += ga * n[row];
-          block_n += n[row];
+          sum += ga;
+          n_weighted += ga * n[row];
+          n_sum += n[row];
           store_lanes(hs + (begin + row) * step + c, ga * gamma_c, lanes);
         }
-        sum += block_sum;
-        n_weighted += block_weighted;
-        n_sum += block_n;
+        accumulate(plain + c, sum);
+        accumulate(weighted + c, n_weighted);
+        accumulate(n_sums + c, n_sum);
+        accumulate(slopes + c, slope_sum);
       });
-      store_lanes(plain + c, sum);
-      store_lanes(weighted + c, n_weighted);
-      store_lanes(n_sums + c, n_sum);
-      store_lanes(slopes + c, slope_sum);
     });
     task.for_channels([&](int64_t c) {
       gamma_shares[task.sample * channels + task.first + c] = weighted[c] + task.r[c] * slopes[c];
@@ -129,11 +127,11 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
             task.r[c] * (h_sum[c] - static_cast<A>(pixels) * h_mean[c] - hn_mean[c] * n_sums[c]);
     });
     T* out = task.at(gx);
-    task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
-      const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), mean = load_lanes(h_mean + c),
-              n_mean = load_lanes(hn_mean + c);
-      V n[kRows], h[kRows];
-      task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+    task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
+      task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
+        const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), mean = load_lanes(h_mean + c),
+                n_mean = load_lanes(hn_mean + c);
+        V n[kRows], h[kRows];
         const A* const hs = kept(0);
         for (int64_t row = 0; row < rows; ++row) {
           n[row] = (load_lanes(xs + (begin + row) * channels + c, lanes) + shift) * r;
