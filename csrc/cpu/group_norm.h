@@ -11,7 +11,7 @@ namespace qcsbm::QCSBM_ISA {
 namespace {
 
 // Pixels that are handled together, channel by channel: what is read and computed for them stays in the nearer caches.
-constexpr int64_t kRows = 32;
+constexpr int64_t kRows = 16;
 
 // Numbers that a task may read, so that it finds them again in the second-level cache.
 constexpr int64_t kTaskSize = 1 << 18;
