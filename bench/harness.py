@@ -90,7 +90,7 @@ def interleaved(
     rows: list[Row] = []
     base = samples[next(iter(functions))]
     for name, times in samples.items():
-        low, median, high = statistics.quantiles(times, n=4)
+        low, median, high = statistics.quantiles(times * 2 if len(times) == 1 else times, n=4)
         # Each ratio is taken within one round: the machine's drift cancels.
         speedup = statistics.median(b / t for b, t in zip(base, times, strict=True))
         floor = (floors or {}).get(name)
