@@ -56,7 +56,7 @@ def main() -> None:
         axis.set_xticks(list(results), [str(value) for value in results])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes[0].set_yticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
     axes[0].set_ylabel("plain denoising steps")
     axes[0].legend(fontsize="small")
     figure.suptitle("What one quasi-conservative training step costs (NCSN++, 32 x 32)")
