@@ -5,15 +5,18 @@ Statistical bounds are 5 standard errors (two-sided error rate 6e-7 per figure),
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaussian import COVARIANCE, MEAN, GaussianScore
-from qcsbm_fast.nn import ToyMLP
+from qcsbm_fast.nn import ImageMLP, ToyMLP
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling.correctors import langevin
 from qcsbm_fast.sampling.ode import probability_flow
@@ -228,3 +231,34 @@ def test_bad_names() -> None:
         predictor_corrector(
             GaussianScore(OU()), (2, 2), steps=10, stream=NoiseStream(0), predictor="ancestral"
         )
+
+
+class CountCasts(TorchDispatchMode):
+    """How many matrices have been turned from float32 into bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].dim() == 2 and args[0].shape[0] != 3:
+            self.count += (kwargs or {}).get("dtype") is torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", ["pc", "heun"])
+def test_weights_are_cast_once_for_all_steps(sampler: str) -> None:
+    score = Score(ImageMLP(4, 8, 2), SDES["ve"], autocast=torch.bfloat16)
+    counts, samples = [], []
+    for steps in (2, 6):
+        with CountCasts() as casts:
+            stream = NoiseStream(0)
+            if sampler == "pc":
+                samples.append(predictor_corrector(score, (3, 4), steps=steps, stream=stream))
+            else:
+                samples.append(probability_flow(score, (3, 4), steps=steps, stream=stream))
+        counts.append(casts.count)
+    assert 0 < counts[0] == counts[1]
+    with torch.no_grad():  # nothing is kept afterwards: the weights may change
+        for p in score.parameters():
+            p.zero_()
+        where = samples[0], torch.full((3,), 0.5)
+        assert torch.equal(score(*where), copy.deepcopy(score)(*where))

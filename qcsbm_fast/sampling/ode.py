@@ -20,6 +20,7 @@ from torch import Tensor
 from qcsbm_fast.ops.registry import per_row
 from qcsbm_fast.random import NoiseStream
 from qcsbm_fast.sampling import dormand_prince, heun
+from qcsbm_fast.sampling.casts import kept_casts
 from qcsbm_fast.sampling.progress import log_noise_bar
 from qcsbm_fast.sde import SDE, ScoreFunction
 
@@ -27,6 +28,7 @@ _FRAMES = 32
 
 
 @torch.no_grad()
+@kept_casts()
 def probability_flow(
     score: ScoreFunction,
     size: Sequence[int],

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from qcsbm_fast.cuda_graph import Choice, Replayed, wanted
 from qcsbm_fast.random import NoiseStream
+from qcsbm_fast.sampling.casts import kept_casts
 from qcsbm_fast.sampling.conditional import Known
 from qcsbm_fast.sampling.correctors import CORRECTORS
 from qcsbm_fast.sampling.noise import noisy_step
@@ -19,6 +20,7 @@ from qcsbm_fast.sde import ScoreFunction
 
 
 @torch.no_grad()
+@kept_casts()
 def predictor_corrector(
     score: ScoreFunction,
     size: Sequence[int],
