@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -301,6 +302,15 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert checkpoint.load(checkpoint.find(folder.checkpoints))["trainer"]["steps_done"] == stopped + 3
 
 
+@pytest.fixture
+def usual_interrupt() -> Iterator[None]:
+    """Ctrl-C as in the foreground: a shell without job control starts its background jobs with SIGINT ignored."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
 def test_a_second_signal_acts_at_once() -> None:
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
