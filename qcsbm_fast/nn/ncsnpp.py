@@ -314,9 +314,8 @@ class NCSNpp(nn.Module):
         if not isinstance(x, Dual):
             return again(part, x, *embedding)
 
-        def push(
-            primal: Tensor, tangents: Tensor
-        ) -> tuple[Tensor, Tensor]:  # tensors, of which it reads the device
+        # of tensors: checkpointing looks for the device among its arguments
+        def push(primal: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
             pushed = part(Dual(primal, tangents), *embedding)
             return pushed.primal, pushed.tangents
 
