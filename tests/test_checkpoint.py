@@ -12,6 +12,7 @@ from typing import IO
 import pytest
 import torch
 
+from malicious import Malicious
 from qcsbm_fast.train import checkpoint
 from qcsbm_fast.train.errors import CheckpointError
 from qcsbm_fast.train.stats import Statistics, read
@@ -67,14 +68,6 @@ def test_a_crash_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # what the crash left behind is in nobody's way
     checkpoint.save(tmp_path, 2, state(2.0), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002.pt"]
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from malicious import Malicious
 from oracles import jacobians
 from qcsbm_fast.compat import losses, sde_lib, utils
 from qcsbm_fast.compat.models.ema import ExponentialMovingAverage
@@ -144,14 +145,6 @@ def test_ema_is_its_closed_form_and_skips_frozen_parameters() -> None:
     assert (a == 2).all()
     with pytest.raises(ValueError, match="expected 1 tensors of the model's shapes, got 2"):
         ema.load_state_dict({"shadow_params": [a, a], "decay": 0.5, "num_updates": 1})
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
 
 
 def test_checkpoints_come_back_and_run_no_code(tmp_path: Path) -> None:
