@@ -44,7 +44,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     """A run killed (SIGKILL) 20 times at random moments ends bit for bit as an undisturbed one."""
-    config = tiny(200, checkpoint=Checkpoint(every=5, keep=2))
+    config = tiny(400, checkpoint=Checkpoint(every=5, keep=2))
     whole, killed = (create(config, tmp_path / name) for name in ("whole", "killed"))
     program = [sys.executable, str(Path(__file__).parent / "kill_loop.py")]
     result = subprocess.run(
@@ -54,7 +54,7 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     assert "kills: 20" in result.stdout
     assert record(killed) == record(whole)
     a, b = (checkpoint.load(checkpoint.find(folder.checkpoints)) for folder in (whole, killed))
-    assert a["trainer"]["steps_done"] == 200
+    assert a["trainer"]["steps_done"] == 400
     assert_same(a, b)
     assert not list(killed.checkpoints.glob("*.tmp"))
 
