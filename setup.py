@@ -37,6 +37,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     }
+# csrc/amx, the kernels for processors with matrix registers: above all of avx512's.
+AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16"]
 
 
 def find_nvcc() -> Path | None:
@@ -100,13 +102,20 @@ def cuda_arch_flags(architectures: str) -> list[str]:
     return flags
 
 
-def build_record(cxx: str, cuda: str, architectures: str) -> str:
+def has_amx_flags(cxx: str) -> bool:
+    """Whether the compiler knows the instructions (GCC 11, Clang 12, on x86-64 Linux)."""
+    command = [cxx, *AMX_FLAGS, "-fsyntax-only", "-x", "c++", os.devnull]
+    known = sys.platform == "linux" and "avx512" in INSTRUCTION_SETS
+    return known and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def build_record(cxx: str, instruction_sets: list[str], cuda: str, architectures: str) -> str:
     """What `qcsbm info` tells of the build, as a C++ header."""
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     record = {
         "torch": torch.__version__,
         "compiler": version,
-        "instruction_sets": " ".join(INSTRUCTION_SETS),
+        "instruction_sets": " ".join(instruction_sets),
         "cuda": cuda,
         "cuda_architectures": architectures,
     }
@@ -123,11 +132,13 @@ class NinjaBuild(build_ext):
         # Not build_temp, which is a new folder for each editable install: ninja would start afresh.
         folder = ROOT / "build" / f"{sys.platform}-{platform.machine()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        header, record = folder / "build_record.h", build_record(cxx, cuda, architectures)
+        amx = has_amx_flags(cxx)
+        header = folder / "build_record.h"
+        record = build_record(cxx, [*INSTRUCTION_SETS, *["amx"] * amx], cuda, architectures)
         if not header.exists() or header.read_text() != record:
             header.write_text(record)
 
-        edges = self.edges(folder, architectures)
+        edges = self.edges(folder, architectures, amx)
         self.run_ninja(folder, edges, cxx, nvcc)
         for extension in self.extensions:
             extension.extra_objects = [str(folder / edge.object) for edge in edges[extension.name]]
@@ -137,13 +148,15 @@ class NinjaBuild(build_ext):
                 extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extensions()
 
-    def edges(self, folder: Path, architectures: str) -> dict[str, list[Edge]]:
+    def edges(self, folder: Path, architectures: str, amx: bool) -> dict[str, list[Edge]]:
         """What to compile for each extension."""
         common = ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         common += ["-ffp-contract=fast", "-fno-math-errno", *os.environ.get("CXXFLAGS", "").split()]
         target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+        detect = ["-DQCSBM_AMX"] * amx
         torch_flags = [
             *common,
+            *detect,
             "-O1",
             "-DTORCH_STABLE_ONLY",
             target,
@@ -160,8 +173,11 @@ class NinjaBuild(build_ext):
         for isa, flags in INSTRUCTION_SETS.items():
             isa_flags = [*common, *flags, "-fopenmp", f"-DQCSBM_ISA={isa}"]
             ops += [Edge("cxx", source, isa_flags, isa) for source in sources("cpu/*.cpp")]
+        if amx:
+            amx_flags = [*common, *INSTRUCTION_SETS["avx512"], *AMX_FLAGS, "-fopenmp", "-DQCSBM_ISA=amx"]
+            ops += [Edge("cxx", source, amx_flags) for source in sources("amx/*.cpp")]
         ops += [Edge("cxx", source, torch_flags) for source in sources("register/*.cpp")]
-        host = Edge("cxx", ROOT / "csrc/host.cpp", [*common, "-O1", *python, f"-I{folder}"])
+        host = Edge("cxx", ROOT / "csrc/host.cpp", [*common, *detect, "-O1", *python, f"-I{folder}"])
         return {"qcsbm_fast._ops": ops, "qcsbm_fast._host": [host]}
 
     def run_ninja(self, folder: Path, edges: dict[str, list[Edge]], cxx: str, nvcc: Path | None) -> None:

@@ -1,17 +1,38 @@
 // Which instruction set the kernels use: the best that the processor has, or less if QCSBM_CPU_CAPABILITY says so.
 #pragma once
 
+#if defined(QCSBM_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace qcsbm {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+// amx: AVX-512 with matrix products of bfloat16 in tile registers, which csrc/amx uses.
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 inline const char* isa_name(Isa isa) {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  constexpr const char* names[] = {"baseline", "avx2", "avx512", "amx"};
   return names[static_cast<int>(isa)];
+}
+
+// Whether the processor has the tile registers and the system lets this process use them.
+inline bool has_amx() {
+#if defined(QCSBM_AMX)
+  constexpr unsigned kTiles = 1u << 24 | 1u << 22, kBfloat16 = 1u << 5;  // AMX-TILE and AMX-BF16; AVX512_BF16
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) != kTiles) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kBfloat16)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 inline Isa best_isa() {
@@ -21,7 +42,7 @@ inline Isa best_isa() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  return v4 ? Isa::avx512 : v3 ? Isa::avx2 : Isa::baseline;
+  return v4 ? has_amx() ? Isa::amx : Isa::avx512 : v3 ? Isa::avx2 : Isa::baseline;
 #else
   return Isa::baseline;
 #endif
@@ -32,9 +53,9 @@ inline Isa active_isa() {
     const char* wanted = std::getenv("QCSBM_CPU_CAPABILITY");
     const Isa best = best_isa();
     if (!wanted || !*wanted) return best;
-    for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512})
+    for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx})
       if (std::string(wanted) == isa_name(level)) return level < best ? level : best;
-    throw std::runtime_error(std::string("QCSBM_CPU_CAPABILITY: expected baseline, avx2 or avx512, got ") + wanted);
+    throw std::runtime_error(std::string("QCSBM_CPU_CAPABILITY: expected baseline, avx2, avx512 or amx, got ") + wanted);
   }();
   return isa;
 }
@@ -51,6 +72,7 @@ inline Isa active_isa() {
 #define QCSBM_UNWRAP(...) __VA_ARGS__
 #define QCSBM_RUN(fn, targs, ...)                                                               \
   switch (qcsbm::active_isa()) {                                                                \
+    case qcsbm::Isa::amx:                                                                       \
     case qcsbm::Isa::avx512: qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__); break;         \
     case qcsbm::Isa::avx2: qcsbm::avx2::fn<QCSBM_UNWRAP targs>(__VA_ARGS__); break;             \
     default: qcsbm::baseline::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);                              \

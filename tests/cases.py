@@ -19,6 +19,8 @@ from qcsbm_fast.ops.registry import OPS, accumulate_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 Size = tuple[int, ...]
+# Errors of long sums, as shares of the largest value: of float32 products in three parts, of plain loops in float64.
+SUMS = {torch.float32: 2.0**-15, torch.float64: 2.0**-44}
 
 
 class Draw:
@@ -67,6 +69,8 @@ class Entry:
     ulps: float = 4.0
     cancels: bool = False
     """Whether its results are differences of numbers near 1, and can be as wrong as these."""
+    sums: bool = False
+    """Whether it sums many products, those of float32 perhaps in three of bfloat16: see SUMS."""
     bench: Size = ()
 
 
@@ -142,6 +146,17 @@ def _group_norm(
             return *call, 2, 1e-6, silu
         statistics = OPS[f"group_norm_silu{'_jvp' if tangents else ''}"].reference(*call, 2, 1e-6, silu)
         return *cotangents, *call, *statistics[1 + len(tangents) :], 2, silu
+
+    return build
+
+
+def _convolution(*, lead: Size | None = None, bias: bool = True) -> Callable[[Draw, Size], tuple[Any, ...]]:
+    """Arguments `x, [tangents], weight, bias, transposed`, to five channels."""
+
+    def build(d: Draw, size: Size) -> tuple[Any, ...]:
+        tangents = [d.images(*lead, *size)] if lead is not None else []
+        weight = d.images(5, size[1], 3, 3).to(accumulate_dtype(d.dtype))
+        return d.images(*size), *tangents, weight, d.vector(5) if bias else None, False
 
     return build
 
@@ -317,6 +332,40 @@ TABLE: dict[str, Entry] = {
         order=2,
         bench=(64, 64, 32, 32),
     ),
+    "convolve": Entry(
+        {"bias": _convolution(), "no-bias": _convolution(bias=False)},
+        IMAGES,
+        public=lambda x, w, b, transposed: ops.convolve(x, w, b),
+        differentiable=(0, 1, 2),
+        order=2,
+        sums=True,
+        bench=(64, 64, 32, 32),
+    ),
+    "convolve_jvp": Entry(
+        {"bias": _convolution(lead=(2,)), "no-bias": _convolution(lead=(1,), bias=False)},
+        IMAGES,
+        public=lambda x, t, w, b, transposed: ops.convolve_jvp(x, t, w, b),
+        differentiable=(0, 1, 2, 3),
+        order=2,
+        tangent_of="convolve",
+        sums=True,
+        bench=(64, 64, 32, 32),
+    ),
+    "convolve_weight": Entry(
+        {
+            "primal": lambda d, s: (d.images(*s), d.images(s[0], 5, *s[2:]), None, None),
+            "both": lambda d, s: (
+                d.images(*s),
+                d.images(s[0], 5, *s[2:]),
+                d.images(2, *s),
+                d.images(2, s[0], 5, *s[2:]),
+            ),
+        },
+        IMAGES,
+        differentiable=(0, 1, 2, 3),
+        sums=True,
+        bench=(64, 64, 32, 32),
+    ),
     "group_norm_silu": Entry(
         {"silu": _group_norm(True), "plain": _group_norm(False, bias=False)},
         IMAGES,
@@ -390,6 +439,7 @@ def assert_accurate(name: str, call: Sequence[Any], got: Sequence[Tensor]) -> No
         assert (g.shape, g.dtype, g.is_contiguous()) == (s.shape, s.dtype, s.is_contiguous())
         scale = max(float(e.abs().max()) if e.numel() else 0.0, float(entry.cancels))
         allowed = entry.ulps * torch.finfo(g.dtype).eps * scale
+        allowed += SUMS.get(g.dtype, 0.0) * scale * entry.sums
         allowed += 4 * torch.finfo(torch.float32).eps * max(scale, 1.0) * entry.noise
         assert error(g, e) <= 2 * error(s, e) + allowed
 

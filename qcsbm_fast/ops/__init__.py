@@ -2,6 +2,7 @@
 
 from .asymmetry import asymmetry
 from .bias_act import bias_act, bias_act_jvp
+from .convolve import allow_split_float32, convolve, convolve_jvp, has_convolution
 from .denoising_residual import denoising_residual
 from .fir import fir
 from .group_norm_silu import group_norm_silu, group_norm_silu_jvp
@@ -13,13 +14,17 @@ from .sde_step import sde_step
 from .softmax import softmax, softmax_jvp
 
 __all__ = [
+    "allow_split_float32",
     "asymmetry",
     "bias_act",
     "bias_act_jvp",
+    "convolve",
+    "convolve_jvp",
     "denoising_residual",
     "fir",
     "group_norm_silu",
     "group_norm_silu_jvp",
+    "has_convolution",
     "langevin_step",
     "perturb",
     "philox_normal",

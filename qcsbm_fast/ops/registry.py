@@ -84,6 +84,20 @@ class Op:
         return self.overload(*args)
 
 
+def gradient_wanted(ctx: Any, tensor: int) -> bool:
+    """Whether the backward pass under way uses the gradient of input `tensor`, counted among the tensors.
+
+    `ctx.needs_input_grad` only tells whether it could: `torch.autograd.grad(score, x)` needs no weight's gradient.
+    """
+    node = ctx.next_functions[tensor][0]
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # raised for a leaf that torch.autograd.grad was asked for
+        return True
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and coefficients beside tensors of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

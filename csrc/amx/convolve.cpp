@@ -1,0 +1,162 @@
+// Convolution of channels-last images with a kernel of 3 x 3 taps, and its adjoint; the formula stands in
+// qcsbm_fast/ops/convolve.py. A task makes the outputs of one band: left tiles are 16 consecutive pixels, right tiles
+// the weights of 16 output channels.
+#include "tiles.h"
+
+namespace qcsbm::amx {
+namespace {
+
+// The weights (channels_out, taps, channels_in) as right tiles (out / 16, taps, in / 32); `transposed`: of the adjoint,
+// whose inputs are channels_out. Row r of a tile holds inputs 2 r and 2 r + 1 for each of 16 outputs.
+struct Weights {
+  int64_t channels_out, channels_in;
+  bool transposed;
+  int64_t in, out, steps;  // channels as the product sees them, tiles along the inputs
+
+  Weights(int64_t channels_out, int64_t channels_in, bool transposed)
+      : channels_out(channels_out),
+        channels_in(channels_in),
+        transposed(transposed),
+        in(transposed ? channels_out : channels_in),
+        out(transposed ? channels_in : channels_out),
+        steps(blocks_of(in, 32)) {}
+
+  int64_t count() const { return blocks_of(out, 16) * next() / kTile; }
+  int64_t next() const { return kTaps * steps * kTile; }  // from 16 output channels to the next
+
+  template <bool Split>
+  void make_tile(const float* weight, int64_t tile, Halves tiles) const {
+    const int64_t input = tile % steps * 32, tap = tile / steps % kTaps, output = tile / steps / kTaps * 16;
+    // Up to 16 weights of channel `d` from channel `c` on.
+    const auto load = [&](int64_t d, int64_t tap, int64_t c) {
+      const bool inside = d < channels_out && c < channels_in;
+      const float* const from = weight + (inside ? (d * kTaps + tap) * channels_in + c : 0);
+      const Lanes v = split<true>(load_lanes(from, inside ? lanes_mask(channels_in - c) : __mmask16{0}));
+      return v;
+    };
+    __m512i high[16], low[16];
+    for (int64_t r = 0; r < 16; ++r) {
+      const auto join = [](__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); };
+      if (transposed) {
+        const int64_t d = input + 2 * r;
+        const Lanes even = load(d, kTaps - 1 - tap, output), odd = load(d + 1, kTaps - 1 - tap, output);
+        high[r] = join(even.high, odd.high);
+        low[r] = join(even.low, odd.low);
+      } else {
+        const Lanes first = load(output + r, tap, input), second = load(output + r, tap, input + 16);
+        high[r] = narrow(first.high, second.high);
+        low[r] = narrow(first.low, second.low);
+      }
+    }
+    if (!transposed) {
+      transpose(high);
+      if (Split) transpose(low);
+    }
+    const Halves to = tiles + tile * kTile;
+    for (int64_t r = 0; r < 16; ++r) {
+      _mm512_store_si512(to.high + 32 * r, high[r]);
+      if (Split) _mm512_store_si512(to.low + 32 * r, low[r]);
+    }
+  }
+};
+
+// Outputs of 16 * Rows positions and 16 * Cols channels; `bias` holds 16 * Cols values.
+template <int Rows, int Cols, typename T>
+void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const Weights& weights, const float* bias,
+           const int32_t* targets, T* y, int64_t valid_channels) {
+  // every row of a sum starts with the bias
+  _tile_loadd(0, bias, 0);
+  if constexpr (Cols > 1) _tile_loadd(1, bias + 16, 0);
+  if constexpr (Rows > 1) _tile_loadd(2, bias, 0);
+  if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, bias + 16, 0);
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    const Halves left = pixels + (tap / 3 * width + tap % 3) * channels;
+    for (int64_t c = 0; c < channels; c += 32, tiles = tiles + kTile)
+      step<Rows, Cols, kSplit<T>>(left + c, 16 * channels, 2 * channels, tiles, weights.next(), 64);
+  }
+  alignas(64) float sums[256];
+  const auto write = [&](auto store, int row, int col) __attribute__((always_inline)) {
+    const int32_t* const to = targets + 16 * row;
+    const bool dense = to[0] >= 0 && to[15] == to[0] + 15 && valid_channels - 16 * col >= 16;
+    if (kSplit<T> && dense) return store(y + int64_t{to[0]} * weights.out + 16 * col, weights.out * 4);
+    store(sums, 64);
+    for (int i = 0; i < 16; ++i)
+      if (to[i] >= 0)
+        store_lanes(y + int64_t{to[i]} * weights.out + 16 * col, _mm512_load_ps(sums + 16 * i),
+                    lanes_mask(valid_channels - 16 * col));
+  };
+  write([](void* p, int64_t stride) { _tile_stored(0, p, stride); }, 0, 0);
+  if constexpr (Cols > 1) write([](void* p, int64_t stride) { _tile_stored(1, p, stride); }, 0, 1);
+  if constexpr (Rows > 1) write([](void* p, int64_t stride) { _tile_stored(2, p, stride); }, 1, 0);
+  if constexpr (Rows > 1 && Cols > 1) write([](void* p, int64_t stride) { _tile_stored(3, p, stride); }, 1, 1);
+}
+
+}  // namespace
+
+// Of images and, where there are some, of tangents, which have no bias.
+template <typename T>
+void convolve(const T* x, const T* tangents, const float* weight, const float* bias, T* y, T* y_tangents,
+              int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
+              int64_t channels_out, bool transposed) {
+  static thread_local Scratch<uint16_t> tiles_scratch;
+  const Weights weights(channels_out, channels_in, transposed);
+  const Halves tiles = halves<T>(tiles_scratch, weights.count() * kTile);
+  const int64_t padded = round_up(weights.out, 32);
+  Buffer<float> offsets(2 * padded);  // and zeros
+  if (bias) memcpy(offsets.data(), bias, weights.out * sizeof(float));
+  const int64_t channels = round_up(weights.in, 32), threads = omp_get_max_threads();
+  // As many pixels as the cache holds, but a few bands for each thread.
+  const int64_t positions = (images + tangent_images) * (height + 1) * (cols + 1);
+  const int64_t budget = std::min(kBandBytes / (channels * 2 * (kSplit<T> ? 2 : 1)), positions / (4 * threads) + 1);
+  const Bands primal(images, height, cols, std::max<int64_t>(budget, 128));
+  const Bands tangent(tangent_images, height, cols, std::max<int64_t>(budget, 128));
+  const int64_t inputs = std::max(primal.inputs, tangent.inputs), outputs = std::max(primal.outputs, tangent.outputs);
+#pragma omp parallel if ((images + tangent_images) * height * cols * weights.in > kGrain)
+  {
+    static thread_local Scratch<uint16_t> pixel_scratch;
+    static thread_local Scratch<int32_t> source_scratch, target_scratch;
+    const Halves pixels = halves<T>(pixel_scratch, inputs * channels);
+    int32_t* const sources = source_scratch.get(inputs);
+    int32_t* const targets = target_scratch.get(outputs);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < weights.count(); ++tile) weights.make_tile<kSplit<T>>(weight, tile, tiles);
+    Tiles registers;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < primal.count + tangent.count; ++task) {
+      const bool pushed = task >= primal.count;
+      const Bands& bands = pushed ? tangent : primal;
+      const int64_t band = pushed ? task - primal.count : task;
+      const T* const from = pushed ? tangents : x;
+      T* const to = pushed ? y_tangents : y;
+      bands.read_inputs(band, sources);
+      bands.read_outputs(band, targets);
+      for (int64_t p = 0; p < bands.inputs; ++p) {
+        const Halves row = pixels + p * channels;
+        if (sources[p] >= 0) split_row(from + int64_t{sources[p]} * weights.in, weights.in, channels, row);
+        else zero_row(channels, row);
+      }
+      for (int64_t n = 0; n < weights.out; n += 32) {
+        const Halves right = tiles + n / 16 * weights.next();
+        const float* const offset = offsets.data() + (pushed ? padded : 0) + n;
+        const int64_t valid = weights.out - n;
+        const auto run = [&]<int Rows, int Cols>(int64_t m) {
+          block<Rows, Cols>(pixels + m * channels, channels, bands.width, right, weights, offset, targets + m, to + n,
+                            valid);
+        };
+        for (int64_t m = 0; m < bands.outputs; m += 32) {
+          const bool wide = m + 16 < bands.outputs;
+          if (valid > 16) wide ? run.template operator()<2, 2>(m) : run.template operator()<1, 2>(m);
+          else wide ? run.template operator()<2, 1>(m) : run.template operator()<1, 1>(m);
+        }
+      }
+    }
+  }
+}
+
+#define QCSBM_INSTANTIATE(T)                                                                                         \
+  template void convolve<T>(const T*, const T*, const float*, const float*, T*, T*, int64_t, int64_t, int64_t, int64_t, \
+                            int64_t, int64_t, bool);
+QCSBM_INSTANTIATE(float)
+QCSBM_INSTANTIATE(bfloat16)
+
+}  // namespace qcsbm::amx

@@ -1,0 +1,190 @@
+// The weight gradient of a convolution. Left tiles are the cotangents of 16 output channels at 32 consecutive
+// positions, right tiles pairs of pixels of 16 input channels; a tap is a shift of the cotangents. Parts of the batch
+// have sums of their own, added in order: the result does not depend on the number of threads.
+#include "tiles.h"
+
+namespace qcsbm::amx {
+namespace {
+
+constexpr int64_t kSums = 300000;  // of all parts of the batch, which has 2 to 8
+template <typename T>
+constexpr int64_t kPositions = kSplit<T> ? 128 : 256;  // handled at once
+
+// Channels c ... c + 15 of a pixel; zero where it is -1.
+template <typename T>
+inline __m512 channels_at(const T* x, int64_t channels, int64_t c, int32_t pixel) {
+  return pixel < 0 ? __m512{} : load_lanes(x + pixel * channels + c, lanes_mask(channels - c));
+}
+
+// The values of two pixels side by side in 32 bits.
+template <bool Split>
+inline Lanes pair(__m512 first, __m512 second) {
+  const Lanes even = split<Split>(first), odd = split<Split>(second);
+  return {_mm512_or_si512(even.high, _mm512_slli_epi32(odd.high, 16)),
+          _mm512_or_si512(even.low, _mm512_slli_epi32(odd.low, 16))};
+}
+
+// `count` pairs of input pixels as (32 channels each, pairs, 32, 2); after them the pairs that begin at odd positions:
+// every shift begins at one of these pairs.
+template <typename T>
+void pair_inputs(const T* x, int64_t channels, int64_t padded, const int32_t* pixels, int64_t count, int64_t pairs,
+                 Halves to) {
+  const auto shift = [&](uint16_t* row, int64_t offset) {
+    const __m512i before = _mm512_load_si512(row - 64), after = _mm512_load_si512(row);
+    _mm512_store_si512(row - 64 + offset, _mm512_or_si512(_mm512_srli_epi32(before, 16), _mm512_slli_epi32(after, 16)));
+  };
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < padded; c += 16) {
+      Lanes v = {};
+      if (c < channels)
+        v = pair<kSplit<T>>(channels_at(x, channels, c, pixels[2 * i]), channels_at(x, channels, c, pixels[2 * i + 1]));
+      const Halves row = to + (c / 32 * pairs + i) * 64 + c % 32 * 2;
+      _mm512_store_si512(row.high, v.high);
+      if (kSplit<T>) _mm512_store_si512(row.low, v.low);
+      if (i > 0) {
+        shift(row.high, pairs * padded * 2);
+        if (kSplit<T>) shift(row.low, pairs * padded * 2);
+      }
+    }
+}
+
+// Cotangents of channels [first, last) by position, (channels, stride), and their sums added to `totals`; positions
+// after `positions` up to a multiple of 32 are zero.
+template <typename T>
+void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last, const int32_t* pixels,
+                       int64_t positions, int64_t stride, Halves to, float* totals) {
+  for (int64_t p = 0; p < positions; p += 32)
+    for (int64_t c = first; c < last; c += 16) {
+      __m512i high[16] = {}, low[16] = {};
+      __m512 total = {};
+      for (int64_t i = 0; i < 16 && p + 2 * i < positions; ++i) {
+        const __m512 even = channels_at(g, channels, c, pixels[p + 2 * i]);
+        const __m512 odd = channels_at(g, channels, c, pixels[p + 2 * i + 1]);
+        const Lanes v = pair<kSplit<T>>(even, odd);
+        high[i] = v.high;
+        low[i] = v.low;
+        total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
+      }
+      _mm512_storeu_ps(totals + c, _mm512_add_ps(_mm512_loadu_ps(totals + c), total));
+      transpose(high);
+      if (kSplit<T>) transpose(low);
+      const Halves row = to + ((c - first) * stride + p);
+      for (int64_t i = 0; i < 16; ++i) {
+        _mm512_store_si512(row.high + i * stride, high[i]);
+        if (kSplit<T>) _mm512_store_si512(row.low + i * stride, low[i]);
+      }
+    }
+}
+
+// Adds to 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `sums_next` apart by rows, the products over
+// `positions`.
+template <int Rows, int Cols, bool Split>
+void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, float* sums, int64_t sums_next) {
+  float* const below = sums + sums_next;
+  _tile_loadd(0, sums, 64);
+  if constexpr (Cols > 1) _tile_loadd(1, sums + 256, 64);
+  if constexpr (Rows > 1) _tile_loadd(2, below, 64);
+  if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, below + 256, 64);
+  for (int64_t p = 0; p < positions; p += 32)
+    step<Rows, Cols, Split>(left + p, 16 * stride, 2 * stride, right + p * 32, 32, 128);
+  _tile_stored(0, sums, 64);
+  if constexpr (Cols > 1) _tile_stored(1, sums + 256, 64);
+  if constexpr (Rows > 1) _tile_stored(2, below, 64);
+  if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, below + 256, 64);
+}
+
+}  // namespace
+
+// Of images with their cotangents and, where there are some, of tangents with theirs; `gbias` of the images alone.
+template <typename T>
+void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tangents, float* gw, float* gbias,
+                     int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
+                     int64_t channels_out) {
+  static thread_local Scratch<float> sums_scratch;
+  const int64_t in = round_up(channels_in, 16), out = round_up(channels_out, 16);
+  const int64_t padded = round_up(in, 32), in_tiles = in / 16;
+  const int64_t budget = std::clamp<int64_t>(kBandBytes / (padded * 2 * (kSplit<T> ? 2 : 1)), 128, 4096);
+  const Bands primal(images, height, cols, budget), tangent(tangent_images, height, cols, budget);
+  const int64_t inputs = std::max(primal.inputs, tangent.inputs), outputs = std::max(primal.outputs, tangent.outputs);
+  const int64_t count = primal.count + tangent.count;
+  const int64_t pairs = inputs / 2, positions = round_up(outputs, 32);
+  const int64_t stride = positions / 32 % 2 ? positions : positions + 32;  // rows lie in different sets of the cache
+  const int64_t part_sums = out * kTaps * in;
+  const int64_t parts = std::min(std::clamp<int64_t>(kSums / part_sums, 2, 8), count);
+  float* const sums = sums_scratch.get(parts * part_sums);
+  Buffer<float> totals(2 * parts * out);  // sums of the cotangents: each part's, then what its tangents would add
+  // A part's output channels are shared among threads too: they meet nowhere.
+  const int64_t shares = std::clamp<int64_t>(blocks_of(2 * omp_get_max_threads(), parts), 1, blocks_of(out, 32));
+  const int64_t share_channels = round_up(blocks_of(out, shares), 32);
+#pragma omp parallel if ((images + tangent_images) * height * cols * in > kGrain)
+  {
+    static thread_local Scratch<uint16_t> left_scratch, right_scratch;
+    static thread_local Scratch<int32_t> source_scratch, target_scratch;
+    const Halves left = halves<T>(left_scratch, share_channels * stride);
+    const Halves right = halves<T>(right_scratch, pairs * padded * 4);
+    int32_t* const sources = source_scratch.get(inputs);
+    int32_t* const targets = target_scratch.get(outputs);
+    Tiles registers;
+    // The sums of 32 x 32 channels over one band, a few positions at a time, which stay in the first-level cache.
+    const auto add_band = [&]<int Rows, int Cols>(const Bands& bands, Halves l, Halves r, float* tiles) {
+      for (int64_t p = 0; p < bands.outputs; p += kPositions<T>)
+        for (int64_t odd = 0; odd < 2; ++odd)
+          for (int64_t tap = 0; tap < kTaps; ++tap) {
+            const int64_t shift = tap / 3 * bands.width + tap % 3;
+            if (shift % 2 == odd)
+              accumulate<Rows, Cols, kSplit<T>>(l + p, stride, r + (odd * pairs * padded * 2 + (p + shift) / 2 * 64),
+                                                std::min(bands.outputs - p, kPositions<T>),
+                                                tiles + tap * in_tiles * 256, kTaps * in_tiles * 256);
+          }
+    };
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < parts * shares; ++task) {
+      const int64_t part = task / shares, first = task % shares * share_channels;
+      const int64_t last = std::min(first + share_channels, out);
+      if (first >= last) continue;
+      // (out / 16, taps, in / 16) tiles of 16 x 16
+      float* const part_sum = sums + part * part_sums + first * kTaps * in;
+      memset(part_sum, 0, (last - first) * kTaps * in * sizeof(float));
+      for (int64_t index = part * count / parts; index < (part + 1) * count / parts; ++index) {
+        const bool pushed = index >= primal.count;
+        const Bands& bands = pushed ? tangent : primal;
+        const int64_t band = pushed ? index - primal.count : index;
+        bands.read_inputs(band, sources);
+        bands.read_outputs(band, targets);
+        pair_inputs(pushed ? tangents : x, channels_in, padded, sources, bands.inputs / 2, pairs, right);
+        transpose_outputs(pushed ? g_tangents : g, channels_out, first, last, targets, bands.outputs, stride, left,
+                          totals.data() + (pushed ? parts + part : part) * out);
+        for (int64_t n = 0; n < last - first; n += 32)
+          for (int64_t c = 0; c < in; c += 32) {
+            const Halves l = left + n * stride, r = right + c * pairs * 2;
+            float* const tiles = part_sum + (n / 16 * kTaps * in_tiles + c / 16) * 256;
+            const auto run = [&]<int Rows, int Cols>() { add_band.template operator()<Rows, Cols>(bands, l, r, tiles); };
+            const bool two = n + 16 < last - first;
+            if (c + 16 < in) two ? run.template operator()<2, 2>() : run.template operator()<1, 2>();
+            else two ? run.template operator()<2, 1>() : run.template operator()<1, 1>();
+          }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < channels_out; ++n) {
+      gbias[n] = 0;
+      for (int64_t part = 0; part < parts; ++part) gbias[n] += totals[part * out + n];
+      for (int64_t tap = 0; tap < kTaps; ++tap)
+        for (int64_t c = 0; c < channels_in; c += 16) {
+          const float* tile = sums + ((n / 16 * kTaps + tap) * in_tiles + c / 16) * 256 + n % 16 * 16;
+          __m512 total = _mm512_loadu_ps(tile);
+          for (int64_t part = 1; part < parts; ++part)
+            total = _mm512_add_ps(total, _mm512_loadu_ps(tile + part * part_sums));
+          store_lanes(gw + (n * kTaps + tap) * channels_in + c, total, lanes_mask(channels_in - c));
+        }
+    }
+  }
+}
+
+#define QCSBM_INSTANTIATE(T)                                                                                     \
+  template void convolve_weight<T>(const T*, const T*, const T*, const T*, float*, float*, int64_t, int64_t, int64_t,  \
+                                   int64_t, int64_t, int64_t);
+QCSBM_INSTANTIATE(float)
+QCSBM_INSTANTIATE(bfloat16)
+
+}  // namespace qcsbm::amx

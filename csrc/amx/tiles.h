@@ -1,0 +1,242 @@
+// Products of matrices of 16 x 32 by 32 x 16 bfloat16 values in the processor's tile registers (AMX), and how images
+// are laid out for them.
+//
+// A float32 value is the sum of a bfloat16 `high` and a bfloat16 `low`, to 2^-17 of itself. A product of two such sums
+// is taken without low * low: three products of tiles where bfloat16 takes one.
+//
+// A convolution of 3 x 3 taps reads images in bands: rows of pixels, one zero pixel after each, which is also the one
+// before the next row. In such a line of pixels every tap is one shift.
+#pragma once
+
+#include <omp.h>
+
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "../cpu/intrinsics.h"
+#include "../cpu/parallel.h"
+
+namespace qcsbm::amx {
+
+constexpr int64_t kTaps = 9;
+constexpr int64_t kTile = 512;  // bfloat16 values in a tile register, 16 rows of 64 bytes
+constexpr int64_t kBandBytes = 512 * 1024;  // of converted pixels: they stay in the second-level cache
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Memory that a thread keeps from one call to the next: fresh pages would cost as much as the conversion.
+template <typename T>
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  T* get(int64_t size) {
+    if (size > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64)));
+      size_ = data_ ? size : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// All eight tile registers at full size, for the thread that holds this.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+// Two matrices of the same layout; `low` is null beside bfloat16 values.
+struct Halves {
+  uint16_t *high, *low;
+  Halves operator+(int64_t offset) const { return {high + offset, low ? low + offset : nullptr}; }
+};
+
+template <typename T>
+constexpr bool kSplit = std::is_same_v<T, float>;
+
+// `size` values for each half.
+template <typename T>
+Halves halves(Scratch<uint16_t>& scratch, int64_t size) {
+  size = round_up(size, 32);
+  uint16_t* const p = scratch.get(kSplit<T> ? 2 * size : size);
+  return {p, kSplit<T> ? p + size : nullptr};
+}
+
+inline __mmask16 lanes_mask(int64_t n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << n) - 1); }
+
+inline __m512 load_lanes(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 load_lanes(const bfloat16* p, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+// 16 values as bfloat16, each in the low half of 32 bits.
+struct Lanes {
+  __m512i high, low;
+};
+template <bool Split>
+inline Lanes split(__m512 v) {
+  if constexpr (!Split) return {_mm512_srli_epi32(_mm512_castps_si512(v), 16), __m512i{}};  // they are bfloat16
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v));
+  const __m512 rest = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
+  return {high, _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest))};
+}
+
+// The low halves of 2 x 16 values, in order.
+inline __m512i narrow(__m512i first, __m512i second) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)), _mm512_cvtepi32_epi16(second), 1);
+}
+
+// The transpose of 16 x 16 values of 32 bits.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// A row of `count` values, zeros after it up to `padded`, a multiple of 32.
+template <typename T>
+inline void split_row(const T* from, int64_t count, int64_t padded, Halves to) {
+  for (int64_t i = 0; i < padded; i += 16) {
+    const __mmask16 mask = i < count ? lanes_mask(count - i) : 0;
+    if constexpr (kSplit<T>) {
+      const __m512 v = load_lanes(from + (mask ? i : 0), mask);
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
+      const __m512 rest = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+      _mm256_store_si256((__m256i*)(to.high + i), high);
+      _mm256_store_si256((__m256i*)(to.low + i), (__m256i)_mm512_cvtneps_pbh(rest));
+    } else {
+      _mm256_store_si256((__m256i*)(to.high + i), _mm256_maskz_loadu_epi16(mask, from + (mask ? i : 0)));
+    }
+  }
+}
+
+inline void zero_row(int64_t padded, Halves to) {
+  memset(to.high, 0, padded * 2);
+  if (to.low) memset(to.low, 0, padded * 2);
+}
+
+inline void store_lanes(float* p, __m512 v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, v); }
+inline void store_lanes(bfloat16* p, __m512 v, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+// Images cut into bands. A band is `group` whole images, or `rows` rows of one. Output pixel (line, column) stands at
+// position line * width + column; tap (i, j) reads input position i * width + j further on.
+struct Bands {
+  int64_t images, image_rows, image_cols;
+  int64_t rows, group, width, lines, count, outputs, inputs;
+
+  Bands(int64_t images, int64_t image_rows, int64_t image_cols, int64_t budget)
+      : images(images), image_rows(image_rows), image_cols(image_cols), width(image_cols + 1) {
+    rows = std::clamp<int64_t>(budget / width - 2, 1, image_rows);
+    rows = blocks_of(image_rows, blocks_of(image_rows, rows));
+    group = rows < image_rows ? 1 : std::clamp<int64_t>(budget / ((image_rows + 1) * width), 1, std::max<int64_t>(images, 1));
+    lines = group * (rows + 1);
+    count = group > 1 ? blocks_of(images, group) : images * blocks_of(image_rows, rows);
+    outputs = round_up((lines - 1) * width, 16);
+    inputs = round_up(std::max(round_up(outputs, 32) + 2 * width + 2, (lines + 1) * width + 1) + 2, 32);
+  }
+
+  // The pixel whose row of a band is `line`, which may be a row around the images: -1 then.
+  int64_t first_pixel(int64_t band, int64_t line) const {
+    int64_t image, row;
+    if (group > 1) {
+      if (line < 0) return -1;
+      image = band * group + line / (rows + 1);
+      row = line % (rows + 1);
+    } else {
+      const int64_t bands = blocks_of(image_rows, rows);
+      image = band / bands;
+      row = band % bands * rows + line;
+    }
+    const bool inside = image < images && row >= 0 && row < image_rows;
+    return inside ? (image * image_rows + row) * image_cols : -1;
+  }
+
+  // For each input position its pixel, -1 where there is none: zero is read.
+  void read_inputs(int64_t band, int32_t* pixels) const {
+    std::fill(pixels, pixels + inputs, -1);
+    for (int64_t line = -1; line < lines; ++line) {
+      const int64_t first = first_pixel(band, line);
+      int32_t* const to = pixels + (line + 1) * width + 1;
+      if (first >= 0)
+        for (int64_t j = 0; j < image_cols; ++j) to[j] = static_cast<int32_t>(first + j);
+    }
+  }
+
+  // For each output position its pixel, -1 where there is none.
+  void read_outputs(int64_t band, int32_t* pixels) const {
+    std::fill(pixels, pixels + outputs, -1);
+    for (int64_t line = 0; line < lines - 1; ++line) {
+      if (group == 1 && line >= rows) break;
+      const int64_t first = first_pixel(band, line);
+      if (first >= 0)
+        for (int64_t j = 0; j < image_cols; ++j) pixels[line * width + j] = static_cast<int32_t>(first + j);
+    }
+  }
+};
+
+// Accumulates 2 x 2 tiles (registers 0 to 3; fewer where Rows or Cols is 1) of one step: left tiles of `left_stride`
+// bytes per row, `left_next` values apart, right tiles `right_next` values apart.
+template <int Rows, int Cols, bool Split>
+inline __attribute__((always_inline)) void step(Halves left, int64_t left_next, int64_t left_stride, Halves right,
+                                                int64_t right_next, int64_t right_stride) {
+  const auto product = [&](const uint16_t* l, const uint16_t* r) __attribute__((always_inline)) {
+    if (r) _tile_loadd(6, r, right_stride);
+    if (l) _tile_loadd(4, l, left_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Cols > 1) {
+      if (r) _tile_loadd(7, r + right_next, right_stride);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Rows > 1) {
+      if (l) _tile_loadd(5, l + left_next, left_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Cols > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  };
+  if constexpr (Split) {
+    product(left.high, right.low);
+    product(nullptr, right.high);
+    product(left.low, nullptr);
+  } else {
+    product(left.high, right.high);
+  }
+}
+
+}  // namespace qcsbm::amx

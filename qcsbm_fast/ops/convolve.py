@@ -1,0 +1,203 @@
+"""Convolution of images by the processor's matrix registers (AMX): in bfloat16, or in float32 by three such products.
+
+With `W` of 3 x 3 taps and zeros around the image, which keep its size,
+
+    y[b, d, p] = sum_{c, q} W[d, c, q] x[b, c, p + q] + bias[d],
+
+its tangents, its adjoint (`transposed`) and the gradient by `W`, to which images and tangents add in one pass.
+
+A float32 value is taken as the sum of two bfloat16, and of the product of two such sums the smallest of the four terms
+is left out: relative errors of 2^-16 per product, some 5e-6 in a sum, at a multiple of the speed of float32 (Henry,
+Tang and Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype for Higher-Precision Computations, 2019).
+Sums are float32, weights and their gradients float32 whatever the dtype of the images. Deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import backend
+from .check import any_layout, coefficients, describe, fail
+from .layout import to_channels_last
+from .registry import Op, accumulate_dtype, gradient_wanted
+
+# With fewer channels the registers, of 32 by 16 values, would stay mostly empty.
+_LEAST_CHANNELS = 16
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    rows = x.to(weight.dtype).flatten(0, -4)
+    y = (F.conv_transpose2d if transposed else F.conv2d)(rows, weight, bias, padding=1)
+    return to_channels_last(y.to(x.dtype).unflatten(0, x.shape[:-3]))
+
+
+def _reference_jvp(
+    x: Tensor, tangents: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    return _reference(x, weight, bias, transposed), _reference(tangents, weight, None, transposed)
+
+
+def _reference_weight(
+    x: Tensor, g: Tensor, tangents: Tensor | None, g_tangents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    shape = (g.shape[-3], x.shape[-3], 3, 3)
+    rows, g_rows = (value.to(dtype).flatten(0, -4) for value in (x, g))
+    gw = torch.nn.grad.conv2d_weight(rows, shape, g_rows, padding=1)
+    if tangents is not None and g_tangents is not None:
+        gw = gw + _reference_weight(tangents, g_tangents, None, None)[0]
+    return to_channels_last(gw), g_rows.sum((0, 2, 3))
+
+
+_op = Op("convolve(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor", _reference)
+_jvp = Op(
+    "convolve_jvp(Tensor x, Tensor tangents, Tensor weight, Tensor? bias, bool transposed) -> (Tensor, Tensor)",
+    _reference_jvp,
+)
+_weight = Op(
+    "convolve_weight(Tensor x, Tensor g, Tensor? tangents, Tensor? g_tangents) -> (Tensor, Tensor)",
+    _reference_weight,
+)
+
+
+def _weight_gradients(
+    x: Tensor, g: Tensor, t: Tensor | None, gt: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of weight and bias; in the adjoint, which has no bias, images and cotangents change their roles."""
+    return (_weight(g, x, gt, t)[0], None) if transposed else _weight(x, g, t, gt)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _, ctx.transposed = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+    if g is None:
+        return (None,) * 4
+    x, weight = ctx.saved_tensors
+    g, gx, gw, gbias = to_channels_last(g), None, None, None
+    if ctx.needs_input_grad[0]:
+        gx = _op(g, weight, None, not ctx.transposed)
+    if gradient_wanted(ctx, 1):
+        gw, gbias = _weight_gradients(x, g, None, None, ctx.transposed)
+    return gx, gw, gbias if ctx.needs_input_grad[2] else None, None
+
+
+def _jvp_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, tangents, weight, _, ctx.transposed = inputs
+    ctx.save_for_backward(x, tangents, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _jvp_backward(ctx: Any, g: Tensor | None, gt: Tensor | None) -> tuple[Any, ...]:
+    x, t, weight = ctx.saved_tensors
+    g, gt = (None if cotangent is None else to_channels_last(cotangent) for cotangent in (g, gt))
+    gx, gtangents, gw, gbias = None, None, None, None
+    if g is not None and gt is not None and all(ctx.needs_input_grad[:2]):
+        gx, gtangents = _jvp(g, gt, weight, None, not ctx.transposed)
+    elif g is not None and ctx.needs_input_grad[0]:
+        gx = _op(g, weight, None, not ctx.transposed)
+    elif gt is not None and ctx.needs_input_grad[1]:
+        gtangents = _op(gt, weight, None, not ctx.transposed)
+    if gradient_wanted(ctx, 2):
+        if g is not None:
+            gw, gbias = _weight_gradients(x, g, None if gt is None else t, gt, ctx.transposed)
+        elif gt is not None:
+            gw, _ = _weight_gradients(t, gt, None, None, ctx.transposed)
+    return gx, gtangents, gw, gbias if ctx.needs_input_grad[3] else None, None
+
+
+def _weight_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _weight_backward(ctx: Any, u: Tensor, ubias: Tensor) -> tuple[Any, ...]:
+    x, g, tangents, g_tangents = ctx.saved_tensors
+    u = to_channels_last(u)
+    if tangents is None:
+        gx, gg, gtangents, gg_tangents = _op(g, u, None, True), _op(x, u, ubias, False), None, None
+    else:
+        gx, gtangents = _jvp(g, g_tangents, u, None, True)
+        gg, gg_tangents = _jvp(x, tangents, u, ubias, False)
+    return gx, gg, gtangents, gg_tangents
+
+
+_op.set_backward(_backward, _save)
+_jvp.set_backward(_jvp_backward, _jvp_save)
+_weight.set_backward(_weight_backward, _weight_save)
+
+
+_HAS_REGISTERS = backend.has_kernel("convolve", "cpu")
+_split_float32 = False
+
+
+def allow_split_float32(allowed: bool = True) -> None:
+    """Lets this process convolve float32 images on the CPU by three bfloat16 products where the processor has them.
+
+    Off at first: a library has no business to round behind its user's back. The command line switches it on.
+    """
+    global _split_float32
+    _split_float32 = allowed
+
+
+def has_convolution(x: Tensor, weight: Tensor) -> bool:
+    """Whether `convolve` has a kernel for these images, in the precision allowed, and for this weight."""
+    return (
+        _HAS_REGISTERS
+        and (x.dtype == torch.bfloat16 or (_split_float32 and x.dtype == torch.float32))
+        and x.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.shape[2:] == (3, 3)
+        and min(weight.shape[:2]) >= _LEAST_CHANNELS
+    )
+
+
+def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if any_layout("convolve", "x", x).dim() < 4:
+        fail("convolve", "x", "images (*, C, H, W)", x)
+    channels, dtype = x.shape[-3], accumulate_dtype(x.dtype)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"convolve: weight expected a tensor, got {describe(weight)}")
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3) or weight.dtype != dtype:
+        fail("convolve", "weight", f"(D, {channels}, 3, 3), {dtype}".replace("torch.", ""), weight)
+    if weight.device != x.device:
+        fail("convolve", "weight", f"on {x.device}", weight)
+    bias = None if bias is None else coefficients("convolve", "bias", bias, weight.shape[:1], x)
+    return to_channels_last(x), to_channels_last(weight), bias
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula above.
+
+    Args:
+        x: images `(*, C, H, W)` with at least a batch dimension, best channels-last; the result is.
+        weight: `(D, C, 3, 3)`, float32 (float64 beside float64 images), best channels-last.
+        bias: `(D,)` or None.
+
+    Returns:
+        `(*, D, H, W)` of the dtype of `x`.
+
+    Raises:
+        ValueError: naming the argument, for a wrong shape, dtype or device.
+    """
+    return _op(*_checked(x, weight, bias), False)
+
+
+def convolve_jvp(
+    x: Tensor, tangents: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`convolve` and its derivatives along the tangents, `(K, *, D, H, W)`, which have no bias.
+
+    Args as `convolve`, and tangents: `(K, *, C, H, W)`, dtype and device of `x`.
+    """
+    x, weight, bias = _checked(x, weight, bias)
+    tangents = any_layout("convolve", "tangents", tangents)
+    if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
+        fail("convolve", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
+    return _jvp(x, to_channels_last(tangents), weight, bias, False)
