@@ -20,6 +20,7 @@ from harness import default_device, interleaved, report
 from qcsbm_fast import NoiseStream, Score, asymmetry
 from qcsbm_fast.cuda_graph import Choice
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
+from qcsbm_fast.ops import split_float32
 from qcsbm_fast.sampling.pc import predictor_corrector
 from qcsbm_fast.sde import VE
 
@@ -87,22 +88,29 @@ def main() -> None:
         with torch.no_grad():
             asymmetry(lambda y: score(y, t), x, generator=NoiseStream(0, device))
 
-    models = {
-        "": Score(net, sde),
-        " bf16": Score(net, sde, autocast=torch.bfloat16),
-    }
+    def within(split: bool, run: Callable[..., None], *arguments: object) -> Callable[[], None]:
+        def call() -> None:
+            with split_float32(split):
+                run(*arguments)
+
+        return call
+
+    exact = Score(net, sde)
+    models = {"": (exact, False), " bf16": (Score(net, sde, autocast=torch.bfloat16), False)}
+    if device == "cpu":  # as the command line takes float32 on a processor with matrix registers
+        models[" split"] = (exact, True)
     sampling: dict[str, Callable[[], object]] = {
         "plain eager": lambda: plain_sampler(plain_score, size, a.steps, device)
     }
     evaluation: dict[str, Callable[[], object]] = {
         "two VJPs": lambda: plain_asymmetry(lambda y: plain_score(y, sde.marginal(t)[1]), x)
     }
-    for tail, score in models.items():
-        sampling["ours" + tail] = lambda score=score: sample(score)
+    for tail, (score, split) in models.items():
+        sampling["ours" + tail] = within(split, sample, score)
         if device == "cuda":  # its capture included: take --steps 100
-            sampling["ours, graph" + tail] = lambda score=score: sample(score, "on")
-        sampling["network alone" + tail] = lambda score=score: network_alone(score)
-        evaluation["ours" + tail] = lambda score=score: evaluate(score)
+            sampling["ours, graph" + tail] = within(split, sample, score, "on")
+        sampling["network alone" + tail] = within(split, network_alone, score)
+        evaluation["ours" + tail] = within(split, evaluate, score)
     title = f"nf {a.nf}, batch {a.batch}"
     for name, functions in (
         (f"pc sampling: {title}, {a.steps} steps", sampling),

@@ -20,7 +20,8 @@ from matplotlib import pyplot as plt
 NAMES = {
     "nested": "nested baseline",
     "quasi-conservative": "float32",
-    "quasi-conservative, quarter": "float32, quarter batch",
+    "quasi-conservative split": "float32, products split",
+    "quasi-conservative, quarter split": "products split, quarter batch",
     "quasi-conservative bf16": "bfloat16",
     "denoising": "",
 }

@@ -16,6 +16,7 @@ import tyro
 from pydantic import ValidationError
 
 from qcsbm_fast.memory import keep_freed_memory
+from qcsbm_fast.ops import split_float32
 from qcsbm_fast.train.config import describe
 from qcsbm_fast.train.errors import ConfigError, RunError
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         command = _parse(list(sys.argv[1:] if argv is None else argv) or ["--help"])
-        sys.modules[type(command).__module__].run(command)
+        with split_float32():
+            sys.modules[type(command).__module__].run(command)
     except ConfigError as error:
         return _complain(str(error), status=2)
     except RunError as error:

@@ -232,8 +232,9 @@ def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, pa
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast makes of the argument of a convolution."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    """What autocast makes of images on the CPU, the one device whose convolution is an op of the package."""
+    on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return x.to(torch.get_autocast_dtype("cpu")) if on else x
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:

@@ -119,7 +119,9 @@ def assert_agree(name: str, got: tuple[Any, ...], expected: tuple[Any, ...]) -> 
         sums = SUMS.get(got[0].dtype, 0.0) * TABLE[name].sums
         noise = 4 * torch.finfo(torch.float32).eps if TABLE[name].noise else 0.0
         scale = max(float(b.abs().max()), 1.0 if TABLE[name].noise else 0.0)
-        assert float((a - b).abs().max()) <= (16 * TABLE[name].ulps * eps + sums + noise) * scale + 1e-35, name
+        assert float((a - b).abs().max()) <= (16 * TABLE[name].ulps * eps + sums + noise) * scale + 1e-35, (
+            name
+        )
 
 
 def check(name: str, variant: str, size: str, dtype: torch.dtype, spoils: list[tuple[int, int]]) -> bool:

@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BATCHES, DTYPES, SUMS, TABLE, arguments, assert_accurate, error, every_case, is_float, outputs
+from cases import (
+    BATCHES,
+    DTYPES,
+    SUMS,
+    TABLE,
+    arguments,
+    assert_accurate,
+    error,
+    every_case,
+    is_float,
+    outputs,
+)
 from qcsbm_fast import _host, ops
 from qcsbm_fast.ops import backend
 from qcsbm_fast.ops.registry import OPS

@@ -2,7 +2,7 @@
 
 from .asymmetry import asymmetry
 from .bias_act import bias_act, bias_act_jvp
-from .convolve import allow_split_float32, convolve, convolve_jvp, has_convolution
+from .convolve import convolve, convolve_jvp, has_convolution, split_float32
 from .denoising_residual import denoising_residual
 from .fir import fir
 from .group_norm_silu import group_norm_silu, group_norm_silu_jvp
@@ -14,7 +14,6 @@ from .sde_step import sde_step
 from .softmax import softmax, softmax_jvp
 
 __all__ = [
-    "allow_split_float32",
     "asymmetry",
     "bias_act",
     "bias_act_jvp",
@@ -34,4 +33,5 @@ __all__ = [
     "sde_step",
     "softmax",
     "softmax_jvp",
+    "split_float32",
 ]

@@ -14,11 +14,14 @@ Sums are float32, weights and their gradients float32 whatever the dtype of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from . import backend
 from .check import any_layout, coefficients, describe, fail
@@ -47,7 +50,7 @@ def _reference_weight(
     dtype = accumulate_dtype(x.dtype)
     shape = (g.shape[-3], x.shape[-3], 3, 3)
     rows, g_rows = (value.to(dtype).flatten(0, -4) for value in (x, g))
-    gw = torch.nn.grad.conv2d_weight(rows, shape, g_rows, padding=1)
+    gw = conv2d_weight(rows, shape, g_rows, padding=1)
     if tangents is not None and g_tangents is not None:
         gw = gw + _reference_weight(tangents, g_tangents, None, None)[0]
     return to_channels_last(gw), g_rows.sum((0, 2, 3))
@@ -137,13 +140,18 @@ _HAS_REGISTERS = backend.has_kernel("convolve", "cpu")
 _split_float32 = False
 
 
-def allow_split_float32(allowed: bool = True) -> None:
-    """Lets this process convolve float32 images on the CPU by three bfloat16 products where the processor has them.
+@contextmanager
+def split_float32(allowed: bool = True) -> Iterator[None]:
+    """Within it float32 images on the CPU are convolved by three bfloat16 products, if the processor has them.
 
-    Off at first: a library has no business to round behind its user's back. The command line switches it on.
+    Off elsewhere: a library has no business to round behind its user's back. The command line runs within it.
     """
     global _split_float32
-    _split_float32 = allowed
+    before, _split_float32 = _split_float32, allowed
+    try:
+        yield
+    finally:
+        _split_float32 = before
 
 
 def has_convolution(x: Tensor, weight: Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from qcsbm_fast.memory import keep_freed_memory
+from qcsbm_fast.ops import split_float32
 from qcsbm_fast.train.errors import RunError
 from qcsbm_fast.train.interrupt import Interrupt
 
@@ -92,6 +93,7 @@ def _quietly(work: Callable[..., object], arguments: tuple[Any, ...], folder: Pa
         open(_log(folder), "a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
+        split_float32(),
     ):
         try:
             work(*arguments)
