@@ -2,7 +2,7 @@
 
 from .asymmetry import asymmetry
 from .bias_act import bias_act, bias_act_jvp
-from .convolve import convolve, convolve_jvp, has_convolution, split_float32
+from .convolve import convolve, convolve_jvp, has_convolution
 from .denoising_residual import denoising_residual
 from .fir import fir
 from .group_norm_silu import group_norm_silu, group_norm_silu_jvp
@@ -12,6 +12,7 @@ from .philox import philox_normal, philox_uniform, rademacher
 from .scaled_add import scaled_add
 from .sde_step import sde_step
 from .softmax import softmax, softmax_jvp
+from .split import split_float32
 
 __all__ = [
     "asymmetry",

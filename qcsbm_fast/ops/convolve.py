@@ -6,16 +6,12 @@ With `W` of 3 x 3 taps and zeros around the image, which keep its size,
 
 its tangents, its adjoint (`transposed`) and the gradient by `W`, to which images and tangents add in one pass.
 
-A float32 value is taken as the sum of two bfloat16, and of the product of two such sums the smallest of the four terms
-is left out: relative errors of 2^-16 per product, some 5e-6 in a sum, at a multiple of the speed of float32 (Henry,
-Tang and Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype for Higher-Precision Computations, 2019).
-Sums are float32, weights and their gradients float32 whatever the dtype of the images. Deterministic.
+float32 values are split, see `split`. Sums are float32, weights and their gradients float32 whatever the dtype of the
+images. Deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from . import backend
+from . import backend, split
 from .check import any_layout, coefficients, describe, fail
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype, gradient_wanted
@@ -137,28 +133,13 @@ _weight.set_backward(_weight_backward, _weight_save)
 
 
 _HAS_REGISTERS = backend.has_kernel("convolve", "cpu")
-_split_float32 = False
-
-
-@contextmanager
-def split_float32(allowed: bool = True) -> Iterator[None]:
-    """Within it float32 images on the CPU are convolved by three bfloat16 products, if the processor has them.
-
-    Off elsewhere: a library has no business to round behind its user's back. The command line runs within it.
-    """
-    global _split_float32
-    before, _split_float32 = _split_float32, allowed
-    try:
-        yield
-    finally:
-        _split_float32 = before
 
 
 def has_convolution(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolve` has a kernel for these images, in the precision allowed, and for this weight."""
     return (
         _HAS_REGISTERS
-        and (x.dtype == torch.bfloat16 or (_split_float32 and x.dtype == torch.float32))
+        and (x.dtype == torch.bfloat16 or (split.allowed and x.dtype == torch.float32))
         and x.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.shape[2:] == (3, 3)
