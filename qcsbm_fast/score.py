@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .dual import Dual, V
 from .foreign import rewinder
 from .linearize import push
+from .ops.registry import gradient_wanted
 from .sde import SDE
 
 Kind = Literal["unconstrained", "conservative", "quasi-conservative"]
@@ -43,12 +44,15 @@ class _EnergyScore(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, sigma = ctx.saved_tensors
         parameters = [p for p in ctx.score.parameters() if p.requires_grad]
+        wanted = [gradient_wanted(ctx, 2 + index) for index in range(len(parameters))]  # none for a J v alone
         ctx.rewind()
         with torch.enable_grad():
             field = push(lambda y: ctx.score.field(y, sigma), x, g.contiguous()[None])
             slope = -(field.jv[0] * field.value / _column(sigma, x)).sum()
-            gx, *rest = torch.autograd.grad(slope, (field.x, *parameters), allow_unused=True)
-        return None, gx, None, *rest
+            inputs = [p for p, needed in zip(parameters, wanted, strict=True) if needed]
+            gx, *rest = torch.autograd.grad(slope, (field.x, *inputs), allow_unused=True)
+        gradients = iter(rest)
+        return None, gx, None, *(next(gradients) if needed else None for needed in wanted)
 
 
 class Score(nn.Module):

@@ -104,6 +104,21 @@ def test_without_penalty_nothing_is_pushed():
     assert parameter_gradient(result.loss, net).norm() > 0
 
 
+def test_conservative_score_gives_the_gradients_asked_for() -> None:
+    """By `x` alone, as a product with the Jacobian needs them, by some parameters or by all."""
+    torch.manual_seed(0)
+    score = Score(ToyMLP("elu"), VE(0.1, 3.0), "conservative").double()
+    x, t = torch.randn(7, 2, dtype=torch.float64, requires_grad=True), torch.rand(7, dtype=torch.float64)
+    value = score(x, t)
+    g, inputs = torch.randn_like(value), [x, *score.parameters()]
+    together = torch.autograd.grad(value, inputs, g, retain_graph=True, allow_unused=True)
+    for chosen in ([0], [3], [1, 4]):
+        some = torch.autograd.grad(value, [inputs[i] for i in chosen], g, retain_graph=True)
+        for i, gradient in zip(chosen, some, strict=True):
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(gradient, together[i], rtol=1e-12, atol=1e-12)
+
+
 def test_conservative_training_gradient_equals_double_backward():
     torch.manual_seed(0)
     net = ToyMLP("elu").double()
