@@ -1,13 +1,14 @@
 """What float32 and bfloat16 do to the asymmetry penalty: its bias, its gradient, the smallest NAsym they can show.
 
-The same weights, noised images and probes in float64, float32 and bfloat16 (autocast), for a network of ordinary random
-weights and for a trained one, level by level:
+The same weights, noised images and probes in float64, in float32, in float32 with its convolutions split in three bfloat16
+products (a processor with matrix registers) and in bfloat16 (autocast), for a network of ordinary random weights and for a
+trained one, level by level:
 
 * bias: mean of `sigma^2` times the penalty over that of float64, minus 1;
 * cosine: of the parameters' gradient of the penalty to float64's, one-sided estimator;
 * floor: `1/2 ||e||^2 / (||J v||^2 + ||J^T v||^2)`, `e` the error of `J v - J^T v`: the NAsym that rounding alone shows.
 
-Then the same training in both precisions, seed by seed: held-out denoising loss, Asym and NAsym, measured in float32.
+Then the same training in float32, split, and in bfloat16, seed by seed: held-out denoising loss, Asym and NAsym, measured in float32.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from tqdm import tqdm
 from harness import RESULTS
 from qcsbm_fast import NoiseStream, Score
 from qcsbm_fast.linearize import push
+from qcsbm_fast.ops import split_float32
 from qcsbm_fast.penalty import asymmetry, balance
 from qcsbm_fast.train import build, trained
 from qcsbm_fast.train.config import Config
 from qcsbm_fast.train.evaluate import evaluate
 from qcsbm_fast.train.folder import open_run
+from qcsbm_fast.train.precision import Precision
 from qcsbm_fast.train.presets import PRESETS
 from qcsbm_fast.train.trainer import Trainer
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+# By name: the dtype of autocast, and whether products of float32 are split.
+PRECISIONS = {"float32": (None, False), "float32, split": (None, True), "bfloat16": (torch.bfloat16, False)}
+TRAINED: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def small_digits(steps: int) -> Config:
@@ -95,13 +100,14 @@ def compare(score: Score, x0: Tensor, levels: list[float], seed: int = 1) -> lis
         jv, jtv = products(exact, x, t, v, sigma)
         penalty, whole = (jv - jtv).square().sum(), (jv.square() + jtv.square()).sum()
         direction = gradient(exact, x, t, v)
-        for name, autocast in PRECISIONS.items():
+        for name, (autocast, split) in PRECISIONS.items():
             rounded = copy.deepcopy(score).requires_grad_()
             rounded.autocast = autocast
             arguments = x.float(), t.float(), v.float()
-            jv_, jtv_ = products(rounded, *arguments, sigma)
+            with split_float32(split):
+                jv_, jtv_ = products(rounded, *arguments, sigma)
+                other = gradient(rounded, *arguments)
             error = (jv_ - jtv_) - (jv - jtv)
-            other = gradient(rounded, *arguments)
             rows.append(
                 {
                     "sigma": "all" if t is spread else f"{sigma[0].item():.3g}",
@@ -119,11 +125,12 @@ def train_both(steps: int, seeds: int) -> list[dict[str, float | str]]:
     """Held-out figures of the same training in both precisions, with the same seeds."""
     rows = []
     for seed in range(seeds):
-        for precision in PRECISIONS:
+        for precision in TRAINED:
             config = dataclasses.replace(small_digits(steps), precision=precision, seed=seed)
-            score = build.full_precision(train(config))
-            test = build.build(config).test[:100]
-            values = evaluate(score, test, NoiseStream(99), levels=10, probes=1, exact=False, half=True)
+            with split_float32():
+                score = build.full_precision(train(config))
+                test = build.build(config).test[:100]
+                values = evaluate(score, test, NoiseStream(99), levels=10, probes=1, exact=False, half=True)
             rows.append({"precision": precision, "seed": seed, **values})
     return rows
 
@@ -145,7 +152,7 @@ def print_trainings(rows: list[dict], steps: int) -> None:
     print(f"\n| after {steps} steps | DSM loss | Asym | NAsym |\n|---|---|---|---|")
     columns = {
         precision: [[row[name] for row in rows if row["precision"] == precision] for name in names]
-        for precision in PRECISIONS
+        for precision in TRAINED
     }
     for precision, values in columns.items():
         cells = [f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}" for v in values]

@@ -55,7 +55,9 @@ def measure(score: Score, train: Tensor, test: Tensor, seed: int) -> dict[str, f
     times, values = evaluate.measure(score, points, stream, levels=_LEVELS, probes=1, exact=True, half=False)
     found = evaluate.over_levels(values)
     error = score_error(score, train, points, times, stream)
-    nats = log_likelihood(score, test[:_POINTS], exact=True)
+    # An energy with kinks makes the flow stiff where it slides along one: the usual tolerances take eight times as long
+    # there. These change the mean by up to 0.003 nats, a tenth of its own error.
+    nats = log_likelihood(score, test[:_POINTS], exact=True, rtol=1e-3, atol=1e-4)
     samples = probability_flow(score, (_POINTS, 2), stream=stream)
     quality = precision_recall(test[:_POINTS], samples)
     return {
