@@ -174,3 +174,25 @@ def test_a_network_in_split_products_is_the_network() -> None:
     for ours, theirs, truth in zip(split, plain, exact, strict=True):
         assert relative_error(theirs, truth) < 1e-5
         assert relative_error(ours, truth) < 2e-4  # of bfloat16 it would be 0.06
+
+
+def test_compiled_whole() -> None:
+    """`torch.compile(fullgraph=True)`: the same numbers, and other ones where split products are allowed."""
+    torch.manual_seed(0)
+    config = NCSNppConfig(
+        image_size=8, nf=16, ch_mult=(1, 1), attn_resolutions=(), num_res_blocks=1, dropout=0.0
+    )
+    net, x, sigma = NCSNpp(config), torch.rand(2, 3, 8, 8), torch.tensor([0.1, 1.0])
+    torch._dynamo.reset()
+    results = []
+    for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        for split in (False, True):
+            with ops.split_float32(split):
+                out = run(x, sigma)
+                out.square().sum().backward()
+            results.append([out.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+            net.zero_grad(set_to_none=True)
+    plain, plain_split, compiled, compiled_split = results
+    for one, other in ((plain, compiled), (plain_split, compiled_split)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(plain[0], plain_split[0])

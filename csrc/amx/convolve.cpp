@@ -31,19 +31,18 @@ struct Weights {
     const auto load = [&](int64_t d, int64_t tap, int64_t c) {
       const bool inside = d < channels_out && c < channels_in;
       const float* const from = weight + (inside ? (d * kTaps + tap) * channels_in + c : 0);
-      const Lanes v = split<true>(load_lanes(from, inside ? lanes_mask(channels_in - c) : __mmask16{0}));
-      return v;
+      return load_lanes(from, inside ? lanes_mask(channels_in - c) : __mmask16{0});
     };
     __m512i high[16], low[16];
     for (int64_t r = 0; r < 16; ++r) {
-      const auto join = [](__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); };
       if (transposed) {
-        const int64_t d = input + 2 * r;
-        const Lanes even = load(d, kTaps - 1 - tap, output), odd = load(d + 1, kTaps - 1 - tap, output);
-        high[r] = join(even.high, odd.high);
-        low[r] = join(even.low, odd.low);
+        const int64_t d = input + 2 * r, mirrored = kTaps - 1 - tap;
+        const Lanes v = pair<true>(load(d, mirrored, output), load(d + 1, mirrored, output));
+        high[r] = v.high;
+        low[r] = v.low;
       } else {
-        const Lanes first = load(output + r, tap, input), second = load(output + r, tap, input + 16);
+        const Lanes first = split<true>(load(output + r, tap, input));
+        const Lanes second = split<true>(load(output + r, tap, input + 16));
         high[r] = narrow(first.high, second.high);
         low[r] = narrow(first.low, second.low);
       }

@@ -16,14 +16,6 @@ inline __m512 channels_at(const T* x, int64_t channels, int64_t c, int32_t pixel
   return pixel < 0 ? __m512{} : load_lanes(x + pixel * channels + c, lanes_mask(channels - c));
 }
 
-// The values of two pixels side by side in 32 bits.
-template <bool Split>
-inline Lanes pair(__m512 first, __m512 second) {
-  const Lanes even = split<Split>(first), odd = split<Split>(second);
-  return {_mm512_or_si512(even.high, _mm512_slli_epi32(odd.high, 16)),
-          _mm512_or_si512(even.low, _mm512_slli_epi32(odd.low, 16))};
-}
-
 // `count` pairs of input pixels as (32 channels each, pairs, 32, 2); after them the pairs that begin at odd positions:
 // every shift begins at one of these pairs.
 template <typename T>

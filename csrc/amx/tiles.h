@@ -96,6 +96,14 @@ inline Lanes split(__m512 v) {
   return {high, _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest))};
 }
 
+// The values of two rows side by side in 32 bits.
+template <bool Split>
+inline Lanes pair(__m512 first, __m512 second) {
+  const Lanes even = split<Split>(first), odd = split<Split>(second);
+  return {_mm512_or_si512(even.high, _mm512_slli_epi32(odd.high, 16)),
+          _mm512_or_si512(even.low, _mm512_slli_epi32(odd.low, 16))};
+}
+
 // The low halves of 2 x 16 values, in order.
 inline __m512i narrow(__m512i first, __m512i second) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)), _mm512_cvtepi32_epi16(second), 1);
@@ -165,7 +173,8 @@ struct Bands {
       : images(images), image_rows(image_rows), image_cols(image_cols), width(image_cols + 1) {
     rows = std::clamp<int64_t>(budget / width - 2, 1, image_rows);
     rows = blocks_of(image_rows, blocks_of(image_rows, rows));
-    group = rows < image_rows ? 1 : std::clamp<int64_t>(budget / ((image_rows + 1) * width), 1, std::max<int64_t>(images, 1));
+    const int64_t fitting = std::min(budget / ((image_rows + 1) * width), images);
+    group = rows < image_rows ? 1 : std::max<int64_t>(fitting, 1);
     lines = group * (rows + 1);
     count = group > 1 ? blocks_of(images, group) : images * blocks_of(image_rows, rows);
     outputs = round_up((lines - 1) * width, 16);
