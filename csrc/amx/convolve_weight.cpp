@@ -6,7 +6,8 @@
 namespace qcsbm::amx {
 namespace {
 
-constexpr int64_t kSums = 300000;  // of all parts of the batch, which has 2 to 8
+constexpr int64_t kParts = 8;       // of the batch, or fewer, at least 2,
+constexpr int64_t kSums = 300000;  // so that all their sums are about so many
 template <typename T>
 constexpr int64_t kPositions = kSplit<T> ? 128 : 256;  // handled at once
 
@@ -40,8 +41,8 @@ void pair_inputs(const T* x, int64_t channels, int64_t padded, const int32_t* pi
     }
 }
 
-// Cotangents of channels [first, last) by position, (channels, stride), and their sums added to `totals`; positions
-// after `positions` up to a multiple of 32 are zero.
+// Cotangents of channels [first, last) as left tiles (channels / 16, stride / 32), and their sums added to `totals`;
+// positions after `positions` up to a multiple of 32 are zero.
 template <typename T>
 void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last, const int32_t* pixels,
                        int64_t positions, int64_t stride, Halves to, float* totals) {
@@ -60,10 +61,10 @@ void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last
       _mm512_storeu_ps(totals + c, _mm512_add_ps(_mm512_loadu_ps(totals + c), total));
       transpose(high);
       if (kSplit<T>) transpose(low);
-      const Halves row = to + ((c - first) * stride + p);
+      const Halves tile = to + ((c - first) * stride + p * 16);
       for (int64_t i = 0; i < 16; ++i) {
-        _mm512_store_si512(row.high + i * stride, high[i]);
-        if (kSplit<T>) _mm512_store_si512(row.low + i * stride, low[i]);
+        _mm512_store_si512(tile.high + 32 * i, high[i]);
+        if (kSplit<T>) _mm512_store_si512(tile.low + 32 * i, low[i]);
       }
     }
 }
@@ -78,7 +79,7 @@ void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, fl
   if constexpr (Rows > 1) _tile_loadd(2, below, 64);
   if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, below + 256, 64);
   for (int64_t p = 0; p < positions; p += 32)
-    step<Rows, Cols, Split>(left + p, 16 * stride, 2 * stride, right + p * 32, 32, 128);
+    step<Rows, Cols, Split>(left + p * 16, 16 * stride, 64, right + p * 32, 32, 128);
   _tile_stored(0, sums, 64);
   if constexpr (Cols > 1) _tile_stored(1, sums + 256, 64);
   if constexpr (Rows > 1) _tile_stored(2, below, 64);
@@ -95,14 +96,16 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
   static thread_local Scratch<float> sums_scratch;
   const int64_t in = round_up(channels_in, 16), out = round_up(channels_out, 16);
   const int64_t padded = round_up(in, 32), in_tiles = in / 16;
-  const int64_t budget = std::clamp<int64_t>(kBandBytes / (padded * 2 * (kSplit<T> ? 2 : 1)), 128, 4096);
+  // As many pixels as the cache holds, but a band for each part of the batch.
+  const int64_t pixels = (images + tangent_images) * (height + 1) * (cols + 1);
+  const int64_t fitting = std::min(kBandBytes / (padded * 2 * (kSplit<T> ? 2 : 1)), pixels / kParts + 1);
+  const int64_t budget = std::max<int64_t>(fitting, 128);
   const Bands primal(images, height, cols, budget), tangent(tangent_images, height, cols, budget);
   const int64_t inputs = std::max(primal.inputs, tangent.inputs), outputs = std::max(primal.outputs, tangent.outputs);
   const int64_t count = primal.count + tangent.count;
-  const int64_t pairs = inputs / 2, positions = round_up(outputs, 32);
-  const int64_t stride = positions / 32 % 2 ? positions : positions + 32;  // rows lie in different sets of the cache
+  const int64_t pairs = inputs / 2, stride = round_up(outputs, 32);
   const int64_t part_sums = out * kTaps * in;
-  const int64_t parts = std::min(std::clamp<int64_t>(kSums / part_sums, 2, 8), count);
+  const int64_t parts = std::min(std::clamp<int64_t>(kSums / part_sums, 2, kParts), count);
   float* const sums = sums_scratch.get(parts * part_sums);
   Buffer<float> totals(2 * parts * out);  // sums of the cotangents: each part's, then what its tangents would add
   // A part's output channels are shared among threads too: they meet nowhere.
@@ -124,7 +127,7 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
           for (int64_t tap = 0; tap < kTaps; ++tap) {
             const int64_t shift = tap / 3 * bands.width + tap % 3;
             if (shift % 2 == odd)
-              accumulate<Rows, Cols, kSplit<T>>(l + p, stride, r + (odd * pairs * padded * 2 + (p + shift) / 2 * 64),
+              accumulate<Rows, Cols, kSplit<T>>(l + p * 16, stride, r + (odd * pairs * padded * 2 + (p + shift) / 2 * 64),
                                                 std::min(bands.outputs - p, kPositions<T>),
                                                 tiles + tap * in_tiles * 256, kTaps * in_tiles * 256);
           }

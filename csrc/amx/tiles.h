@@ -174,7 +174,7 @@ struct Bands {
     rows = std::clamp<int64_t>(budget / width - 2, 1, image_rows);
     rows = blocks_of(image_rows, blocks_of(image_rows, rows));
     const int64_t fitting = std::min(budget / ((image_rows + 1) * width), images);
-    group = rows < image_rows ? 1 : std::max<int64_t>(fitting, 1);
+    group = rows < image_rows || fitting < 2 ? 1 : blocks_of(images, blocks_of(images, fitting));
     lines = group * (rows + 1);
     count = group > 1 ? blocks_of(images, group) : images * blocks_of(image_rows, rows);
     outputs = round_up((lines - 1) * width, 16);
