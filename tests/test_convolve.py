@@ -145,6 +145,23 @@ def test_a_vector_jacobian_product_has_no_weight_gradient(used: list[str]) -> No
     torch.testing.assert_close(weight.grad, gw + ones, rtol=1e-4, atol=1e-3)
 
 
+def test_each_gradient_alone() -> None:
+    """Of one argument at a time, the bias too, what all at once give."""
+    leaves = [
+        images(2, 16, 8, 8),
+        images(1, 2, 16, 8, 8, seed=1),
+        images(16, 16, 3, 3, seed=2),
+        torch.randn(16),
+    ]
+    x, t, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    y, ydot = ops.convolve_jvp(x, t, weight, bias)
+    total = y.square().sum() + ydot.square().sum() + ops.convolve(x, weight, bias).square().sum()
+    together = torch.autograd.grad(total, leaves, retain_graph=True)
+    for leaf, gradient in zip(leaves, together, strict=True):
+        (alone,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        torch.testing.assert_close(alone, gradient)
+
+
 def test_a_network_in_split_products_is_the_network() -> None:
     """NCSN++ on a dual and its gradients: float32 in both ways against float64."""
     torch.manual_seed(0)

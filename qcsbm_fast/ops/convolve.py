@@ -70,6 +70,11 @@ def _weight_gradients(
     return (_weight(g, x, gt, t)[0], None) if transposed else _weight(x, g, t, gt)
 
 
+def _wanted(ctx: Any, weight: int) -> bool:
+    """Whether the gradient of argument `weight` or of the next, the bias, is; they come together."""
+    return any(ctx.needs_input_grad[i] and gradient_wanted(ctx, i) for i in (weight, weight + 1))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _, ctx.transposed = inputs
     ctx.save_for_backward(x, weight)
@@ -83,7 +88,7 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
     g, gx, gw, gbias = to_channels_last(g), None, None, None
     if ctx.needs_input_grad[0]:
         gx = _op(g, weight, None, not ctx.transposed)
-    if gradient_wanted(ctx, 1):
+    if _wanted(ctx, 1):
         gw, gbias = _weight_gradients(x, g, None, None, ctx.transposed)
     return gx, gw, gbias if ctx.needs_input_grad[2] else None, None
 
@@ -104,7 +109,7 @@ def _jvp_backward(ctx: Any, g: Tensor | None, gt: Tensor | None) -> tuple[Any, .
         gx = _op(g, weight, None, not ctx.transposed)
     elif gt is not None and ctx.needs_input_grad[1]:
         gtangents = _op(gt, weight, None, not ctx.transposed)
-    if gradient_wanted(ctx, 2):
+    if _wanted(ctx, 2):
         if g is not None:
             gw, gbias = _weight_gradients(x, g, None if gt is None else t, gt, ctx.transposed)
         elif gt is not None:
