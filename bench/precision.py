@@ -1,15 +1,15 @@
 """What float32 and bfloat16 do to the asymmetry penalty: its bias, its gradient, the smallest NAsym they can show.
 
 The same weights, noised images and probes in float64, in float32, in float32 with its convolutions split in three
-bfloat16 products (a processor with matrix registers) and in bfloat16 (autocast), for a network of ordinary random weights
-and for a trained one, level by level:
+bfloat16 products (a processor with matrix registers) and in bfloat16 (autocast), for a network of ordinary random
+weights and for a trained one, level by level:
 
 * bias: mean of `sigma^2` times the penalty over that of float64, minus 1;
 * cosine: of the parameters' gradient of the penalty to float64's, one-sided estimator;
 * floor: `1/2 ||e||^2 / (||J v||^2 + ||J^T v||^2)`, `e` the error of `J v - J^T v`: the NAsym that rounding alone shows.
 
-Then the same training in float32, split, and in bfloat16, seed by seed: held-out denoising loss, Asym and NAsym, measured
-in float32.
+Then the same training in float32, split, and in bfloat16, seed by seed: held-out denoising loss, Asym and NAsym,
+measured in float32.
 """
 
 from __future__ import annotations
