@@ -47,15 +47,7 @@ struct Weights {
         low[r] = narrow(first.low, second.low);
       }
     }
-    if (!transposed) {
-      transpose(high);
-      if (Split) transpose(low);
-    }
-    const Halves to = tiles + tile * kTile;
-    for (int64_t r = 0; r < 16; ++r) {
-      _mm512_store_si512(to.high + 32 * r, high[r]);
-      if (Split) _mm512_store_si512(to.low + 32 * r, low[r]);
-    }
+    store_tile<Split>(high, low, !transposed, tiles + tile * kTile);
   }
 };
 
@@ -94,7 +86,7 @@ void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const W
 
 // Of images and, where there are some, of tangents, which have no bias.
 template <typename T>
-void convolve(const T* x, const T* tangents, const float* weight, const float* bias, T* y, T* y_tangents,
+void convolve(const T* x, const T* tangents, const acc_t<T>* weight, const acc_t<T>* bias, T* y, T* y_tangents,
               int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
               int64_t channels_out, bool transposed) {
   static thread_local Scratch<uint16_t> tiles_scratch;
@@ -138,15 +130,11 @@ void convolve(const T* x, const T* tangents, const float* weight, const float* b
         const Halves right = tiles + n / 16 * weights.next();
         const float* const offset = offsets.data() + (pushed ? padded : 0) + n;
         const int64_t valid = weights.out - n;
-        const auto run = [&]<int Rows, int Cols>(int64_t m) {
-          block<Rows, Cols>(pixels + m * channels, channels, bands.width, right, weights, offset, targets + m, to + n,
-                            valid);
-        };
-        for (int64_t m = 0; m < bands.outputs; m += 32) {
-          const bool wide = m + 16 < bands.outputs;
-          if (valid > 16) wide ? run.template operator()<2, 2>(m) : run.template operator()<1, 2>(m);
-          else wide ? run.template operator()<2, 1>(m) : run.template operator()<1, 1>(m);
-        }
+        for (int64_t m = 0; m < bands.outputs; m += 32)
+          for_block(m + 16 < bands.outputs, valid > 16, [&]<int Rows, int Cols>() {
+            block<Rows, Cols>(pixels + m * channels, channels, bands.width, right, weights, offset, targets + m, to + n,
+                              valid);
+          });
       }
     }
   }

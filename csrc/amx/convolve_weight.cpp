@@ -1,6 +1,6 @@
 // The weight gradient of a convolution. Left tiles are the cotangents of 16 output channels at 32 consecutive
-// positions, right tiles pairs of pixels of 16 input channels; a tap is a shift of the cotangents. Parts of the batch
-// have sums of their own, added in order: the result does not depend on the number of threads.
+// positions, right tiles pairs of pixels of 16 input channels; a tap is a shift of the pixels. Parts of the batch have
+// sums of their own, added in order: the result does not depend on the number of threads.
 #include "tiles.h"
 
 namespace qcsbm::amx {
@@ -59,13 +59,7 @@ void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last
         total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
       }
       _mm512_storeu_ps(totals + c, _mm512_add_ps(_mm512_loadu_ps(totals + c), total));
-      transpose(high);
-      if (kSplit<T>) transpose(low);
-      const Halves tile = to + ((c - first) * stride + p * 16);
-      for (int64_t i = 0; i < 16; ++i) {
-        _mm512_store_si512(tile.high + 32 * i, high[i]);
-        if (kSplit<T>) _mm512_store_si512(tile.low + 32 * i, low[i]);
-      }
+      store_tile<kSplit<T>>(high, low, true, to + ((c - first) * stride + p * 16));
     }
 }
 
@@ -90,7 +84,7 @@ void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, fl
 
 // Of images with their cotangents and, where there are some, of tangents with theirs; `gbias` of the images alone.
 template <typename T>
-void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tangents, float* gw, float* gbias,
+void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tangents, acc_t<T>* gw, acc_t<T>* gbias,
                      int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
                      int64_t channels_out) {
   static thread_local Scratch<float> sums_scratch;
@@ -153,10 +147,8 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
           for (int64_t c = 0; c < in; c += 32) {
             const Halves l = left + n * stride, r = right + c * pairs * 2;
             float* const tiles = part_sum + (n / 16 * kTaps * in_tiles + c / 16) * 256;
-            const auto run = [&]<int Rows, int Cols>() { add_band.template operator()<Rows, Cols>(bands, l, r, tiles); };
-            const bool two = n + 16 < last - first;
-            if (c + 16 < in) two ? run.template operator()<2, 2>() : run.template operator()<1, 2>();
-            else two ? run.template operator()<2, 1>() : run.template operator()<1, 1>();
+            for_block(n + 16 < last - first, c + 16 < in,
+                      [&]<int Rows, int Cols>() { add_band.template operator()<Rows, Cols>(bands, l, r, tiles); });
           }
       }
     }

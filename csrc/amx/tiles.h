@@ -136,6 +136,19 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
+// 16 rows of 16 pairs, as they were loaded or transposed, as a tile at `to`.
+template <bool Split>
+inline void store_tile(__m512i (&high)[16], __m512i (&low)[16], bool transposed, Halves to) {
+  if (transposed) {
+    transpose(high);
+    if (Split) transpose(low);
+  }
+  for (int64_t i = 0; i < 16; ++i) {
+    _mm512_store_si512(to.high + 32 * i, high[i]);
+    if (Split) _mm512_store_si512(to.low + 32 * i, low[i]);
+  }
+}
+
 // A row of `count` values, zeros after it up to `padded`, a multiple of 32.
 template <typename T>
 inline void split_row(const T* from, int64_t count, int64_t padded, Halves to) {
@@ -246,6 +259,13 @@ inline __attribute__((always_inline)) void step(Halves left, int64_t left_next, 
   } else {
     product(left.high, right.high);
   }
+}
+
+// Calls run<Rows, Cols>() for a block of two rows of tiles or one, and two columns or one.
+template <class F>
+inline void for_block(bool two_rows, bool two_cols, F&& run) {
+  if (two_cols) two_rows ? run.template operator()<2, 2>() : run.template operator()<1, 2>();
+  else two_rows ? run.template operator()<2, 1>() : run.template operator()<1, 1>();
 }
 
 }  // namespace qcsbm::amx

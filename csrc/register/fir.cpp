@@ -11,7 +11,7 @@ Tensor forward(const Tensor& x, const std::vector<double>& taps, int64_t up, int
   check_images(x, "fir", "x");
   STD_TORCH_CHECK(!taps.empty() && up >= 1 && down >= 1 && rows >= 0 && cols >= 0, "fir: up, down, rows, cols, taps");
   const int64_t d = x.dim(), channels = x.size(d - 3), height = x.size(d - 2), width = x.size(d - 1);
-  Tensor y = empty_images(x, rows, cols);
+  Tensor y = empty_images(x, channels, rows, cols);
   if (x.numel() > 0)
     for_type(x.scalar_type(), "fir", [&]<typename T>() {
       QCSBM_RUN(fir, (T), in<T>(x), taps.data(), out<T>(y), count_images(x), height, width, channels, rows, cols,

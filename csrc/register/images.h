@@ -48,12 +48,12 @@ inline int64_t count_images(const Tensor& t) {
   return images;
 }
 
-// Channels-last, of another height and width than `like`.
-inline Tensor empty_images(const Tensor& like, int64_t rows, int64_t cols) {
+// Channels-last, (channels, rows, cols) in place of the last three sizes of `like`.
+inline Tensor empty_images(const Tensor& like, int64_t channels, int64_t rows, int64_t cols) {
   const int64_t d = like.dim();
   std::vector<int64_t> size;
   for (int64_t axis = 0; axis < d - 3; ++axis) size.push_back(like.size(axis));
-  size.insert(size.end(), {rows, cols, like.size(d - 3)});
+  size.insert(size.end(), {rows, cols, channels});
   using torch::stable::transpose;
   const Tensor stored = torch::stable::new_empty(like, size);
   return transpose(transpose(stored, d - 2, d - 1), d - 3, d - 2);  // (*, H, W, C) as (*, C, H, W)

@@ -16,7 +16,7 @@ Tensor forward(const Tensor& x, const std::vector<double>& taps, int64_t up, int
   STD_TORCH_CHECK(taps.size() <= kMaxTaps, "fir: taps expected at most ", kMaxTaps, " on a GPU, got ", taps.size());
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t d = x.dim();
-  Tensor y = empty_images(x, rows, cols);
+  Tensor y = empty_images(x, x.size(d - 3), rows, cols);
   if (x.numel() && y.numel()) {
     for_cuda_type(x.scalar_type(), "fir", [&]<typename T>() {
       using A = acc_t<T>;
