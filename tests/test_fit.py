@@ -16,6 +16,7 @@ from qcsbm_fast.train.errors import ConfigError
 from qcsbm_fast.train.folder import RunFolder, create
 from qcsbm_fast.train.presets import PRESETS
 from qcsbm_fast.train.run import make_trainer, train
+from qcsbm_fast.train.trainer import Trainer
 from test_distributed import small
 
 linux = pytest.mark.skipif(memory.peak_memory(lambda: None) is None, reason="the system does not tell")
@@ -81,18 +82,32 @@ def test_measured_steps_leave_the_run_as_it_was(tmp_path: Path, monkeypatch: pyt
 
 @linux
 def test_the_memory_of_a_larger_step_is_foreseen():
-    """A network of images: the step of 64 samples takes what those of 4 and 8 say, within a third."""
+    """A network of images: a step of 1024 samples takes what small ones say, within a third."""
     base = PRESETS["digits"]
     model = replace(base.model, nf=16, num_res_blocks=1, ch_mult=(1, 1), attn_resolutions=())
     config = replace(base, model=model, device="cpu")
     setup = build.build(config)
 
-    def need(size: int) -> int:
-        found = fit._need(config, size, lambda config: make_trainer(config, setup.copy()), setup.device)
-        assert found is not None
-        return found
+    def trainer(config: Config) -> Trainer:
+        return make_trainer(config, setup.copy())
 
-    need(64)  # libraries load
-    first, second, large = need(16), need(32), need(128)
-    foreseen = first + (second - first) / 16 * 112
-    assert 0.67 < large / foreseen < 1.5
+    law = fit.memory_law(config, setup.device, 1024, trainer)
+    large = fit._need(config, 1024, trainer, setup.device)
+    assert law is not None
+    assert large is not None
+    constant, per_sample = law
+    assert 0.75 < large / (constant + 1024 * per_sample) < 1.33
+
+
+def test_the_first_step_tells_nothing(monkeypatch: pytest.MonkeyPatch):
+    """It loads libraries too: of 100 + 2^20 n bytes for n samples, the first call's 2^30 more do not count."""
+    sizes: list[int] = []
+
+    def need(_: Config, size: int, *rest: object) -> int:
+        sizes.append(size)
+        return 100 + 2**20 * size + (2**30 if len(sizes) == 1 else 0)
+
+    monkeypatch.setattr(fit, "_need", need)
+    law = fit.memory_law(small(1), torch.device("cpu"), 4096, lambda config: pytest.fail("no steps"))
+    assert law == (100, 2**20)
+    assert max(sizes) == 64  # the first to differ by 32 MiB

@@ -17,6 +17,9 @@ from qcsbm_fast.train.errors import ConfigError
 from qcsbm_fast.train.trainer import Trainer
 
 _USABLE = 0.8  # of the memory that is free: the rest is for evaluation, fragmentation and others
+_TELLING = (
+    32 * 2**20
+)  # bytes by which steps must differ: a process's memory moves by some MiB of its own accord
 
 
 def parts(
@@ -24,22 +27,17 @@ def parts(
 ) -> int:
     """The smallest divisor of `optim.batch_size` whose parts fit in memory; `make_trainer` gives one to try steps on.
 
-    A step's memory is a constant and a share for each sample: two small steps tell both.
-
     Raises:
         ConfigError: where the system does not tell, or one sample for each process is too much.
     """
     device, batch = setup.device, config.optim.batch_size
     room = available_memory(device)
-    # with these sizes the penalty's share of the batch is a whole number of samples
-    small = max(4, math.ceil(1 / config.penalty.fraction))
-    first, second = (_need(config, size, make_trainer, device) for size in (small, 2 * small))
-    if room is None or first is None or second is None:
+    law = memory_law(config, device, math.ceil(batch / processes.world), make_trainer)
+    if room is None or law is None:
         raise ConfigError("optim.accumulate: 0 needs a system that tells its memory; give a number")
     if device.type == "cpu":  # the processes of a machine share it
         room //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    per_sample = max(0.0, (second - first) / small)
-    constant = max(0.0, first - small * per_sample)
+    constant, per_sample = law
     for count in range(1, batch + 1):
         own = math.ceil(batch / count / processes.world)
         fits = constant + own * per_sample <= _USABLE * room
@@ -49,6 +47,28 @@ def parts(
         f"optim.accumulate: a step of one sample needs about {(constant + per_sample) / 2**20:.0f} MiB, "
         f"{room / 2**20:.0f} MiB are free; use a smaller network"
     )
+
+
+def memory_law(
+    config: Config, device: torch.device, batch: int, make_trainer: Callable[[Config], Trainer]
+) -> tuple[float, float] | None:
+    """Bytes that a step takes whatever its batch, and for each sample; None where the system does not tell.
+
+    From a small step and the first with two, four, eight, ... times its samples that takes tellingly more, or that has
+    `batch` samples.
+    """
+    # with these sizes the penalty's share of the batch is a whole number of samples
+    small = max(4, math.ceil(1 / config.penalty.fraction))
+    _need(config, small, make_trainer, device)  # the first step loads libraries too
+    first = _need(config, small, make_trainer, device)
+    size, grown = small, 0
+    while first is not None and (size == small or (size < batch and grown < _TELLING)):
+        size *= 2
+        grown = (_need(config, size, make_trainer, device) or 0) - first
+    if first is None:
+        return None
+    per_sample = max(0, grown) / (size - small)
+    return max(0.0, first - small * per_sample), per_sample
 
 
 def _need(
