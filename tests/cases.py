@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,6 +103,14 @@ IMAGES: dict[str, Size] = {
     "wide": (2, 96, 5, 3),
     "large": (3, 32, 33, 31),
 }
+MLPS: dict[str, Size] = {
+    "empty": (0, 2, 3, 2),
+    "one": (1, 1, 1, 1),
+    "odd": (5, 3, 7, 4, 2),
+    "plane": (77, 2, 64, 128, 256, 2),
+    "wide": (40, 33, 100, 17),
+    "large": (700, 2, 64, 32, 3),
+}
 LENGTHS: dict[str, Size] = {"empty": (0,), "one": (1,), "odd": (5, 27), "large": (7, 9001)}
 
 
@@ -159,6 +168,41 @@ def _convolution(*, lead: Size | None = None, bias: bool = True) -> Callable[[Dr
         return d.images(*size), *tangents, weight, d.vector(5) if bias else None, False
 
     return build
+
+
+def _swish_mlp(
+    probes: int, *, grads: int = 0, inputs: bool = True, weights: bool = True
+) -> Callable[[Draw, Size], tuple[Any, ...]]:
+    """Arguments `x, tangents, parameters, widths` of `(B, D_0, ...)`.
+
+    With cotangents `g, gdot, x, tangents, pre, pre_dot, parameters, widths, inputs, weights`.
+    """
+
+    def build(d: Draw, size: Size) -> tuple[Any, ...]:
+        rows, *widths = size
+        dtype = accumulate_dtype(d.dtype)
+        weight = [d.normal(out, before) * before**-0.5 for before, out in pairwise(widths)]
+        vectors = [(d.vector(out) - 1, d.vector(out)) for out in widths[1:-1]]
+        hidden = [part for w, pair in zip(weight, vectors, strict=False) for part in (w, *pair)]
+        parts = (*hidden, d.vector(widths[-2]), weight[-1])
+        parameters = torch.cat([part.flatten().to(dtype) for part in parts])
+
+        def pushed(width: int, probes: int) -> tuple[Tensor, Tensor | None]:
+            return d.normal(rows, width), d.normal(probes, rows, width) if probes else None
+
+        x = pushed(widths[0], probes)
+        if not grads:
+            return *x, parameters, widths
+        g = pushed(widths[-1], probes if grads > 1 else 0)
+        columns = sum(widths[1:-1])
+        pre = d.normal(rows, columns).to(dtype), d.normal(probes, rows, columns).to(dtype)
+        return *g, *x, *pre, parameters, widths, inputs, weights
+
+    return build
+
+
+def _swish_mlp_public(x: Tensor, t: Tensor | None, parameters: Tensor, widths: list[int]) -> Any:
+    return ops.swish_mlp(x, parameters, widths) if t is None else ops.swish_mlp_jvp(x, t, parameters, widths)
 
 
 def _norm(public: Callable[..., Any]) -> Callable[..., Any]:
@@ -400,6 +444,26 @@ TABLE: dict[str, Entry] = {
         IMAGES,
         ulps=32,
         bench=(64, 64, 32, 32),
+    ),
+    "swish_mlp": Entry(
+        {"values": _swish_mlp(0), "one-probe": _swish_mlp(1), "probes": _swish_mlp(3)},
+        MLPS,
+        public=_swish_mlp_public,
+        differentiable=(0, 1, 2),
+        order=1,
+        ulps=16,
+        bench=(5000, 2, 64, 128, 256, 2),
+    ),
+    "swish_mlp_vjp": Entry(
+        {
+            "values": _swish_mlp(0, grads=1),
+            "pull": _swish_mlp(2, grads=1, weights=False),
+            "joint": _swish_mlp(1, grads=2, inputs=False),
+            "all": _swish_mlp(3, grads=2),
+        },
+        MLPS,
+        ulps=16,
+        bench=(5000, 2, 64, 128, 256, 2),
     ),
 }
 

@@ -37,6 +37,10 @@ class Tape(TorchDispatchMode):
     def names(self) -> list[str]:
         return [func._schema.name for func, *_ in self._calls]
 
+    def arguments(self, name: str) -> list[tuple[Any, ...]]:
+        """Of every call of the operation `name`."""
+        return [args for func, args, *_ in self._calls if func._schema.name == name]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name, kwargs or {}
         if name in _SYNCHRONISES or (

@@ -49,7 +49,8 @@ class Scratch {
 class Tiles {
  public:
   Tiles() {
-    struct alignas(64) {
+    // a constant: GCC takes the instruction to read 8 bytes, and may drop stores to the others
+    static constexpr struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};

@@ -15,7 +15,12 @@ struct Jet {
 struct Swish {
   template <typename A>
   QCSBM_HD static Jet<A> jet(A x, A p) {
-    const A u = p * x, s = sigmoid(u), ds = s * (A(1) - s), bend = A(2) + u * (A(1) - A(2) * s);
+    return jet(x, p, sigmoid(p * x));
+  }
+  // From the sigmoid of p x, also for vectors.
+  template <typename A>
+  QCSBM_HD static Jet<A> jet(A x, A p, A s) {
+    const A u = p * x, ds = s * (1 - s), bend = 2 + u * (1 - 2 * s);
     return {x * s, s + u * ds, p * ds * bend, x * x * ds, x * ds * bend};
   }
 };

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import dual
-from ..dual import V
+from .. import dual, ops
+from ..dual import Dual, V
 from .layers import Activation, LinearSwish, bias_act
 
 OutputActivation = Literal["identity", "elu", "leaky_relu"]
+_WIDTHS = (2, 64, 128, 256, 2)
 
 
 class ToyMLP(nn.Module):
@@ -39,7 +40,15 @@ class ToyMLP(nn.Module):
     def forward(self, x: V, sigma: Tensor) -> V:
         n = bias_act(self.noise(sigma[:, None]), None, self.join[256:], "swish")
         from_noise = n * self.head.weight[:, 256] + self.head.bias
-        h = bias_act(self.trunk(x), None, self.join[:256], "swish")
-        # contiguous: the weight gradient of a slice takes a matrix product five times slower
-        from_x = dual.linear(h, self.head.weight[:, :256].contiguous())
-        return x - self.output(from_x + from_noise)
+        return x - self.output(self._from_x(x) + from_noise)
+
+    def _from_x(self, x: V) -> V:
+        join, head = self.join[:256], self.head.weight[:, :256]
+        if x.device.type != "cpu":
+            # contiguous: the weight gradient of a slice takes a matrix product five times slower
+            return dual.linear(bias_act(self.trunk(x), None, join, "swish"), head.contiguous())
+        trunk = [getattr(layer, name) for layer in self.trunk for name in ("weight", "bias", "p")]
+        parameters = torch.cat([p.reshape(-1) for p in (*trunk, join, head)])
+        if isinstance(x, Dual):
+            return Dual(*ops.swish_mlp_jvp(x.primal, x.tangents, parameters, _WIDTHS))
+        return ops.swish_mlp(x, parameters, _WIDTHS)

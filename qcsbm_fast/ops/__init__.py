@@ -13,6 +13,7 @@ from .scaled_add import scaled_add
 from .sde_step import sde_step
 from .softmax import softmax, softmax_jvp
 from .split import split_float32
+from .swish_mlp import swish_mlp, swish_mlp_jvp
 
 __all__ = [
     "asymmetry",
@@ -35,4 +36,6 @@ __all__ = [
     "softmax",
     "softmax_jvp",
     "split_float32",
+    "swish_mlp",
+    "swish_mlp_jvp",
 ]
