@@ -103,7 +103,7 @@ def test_only_gradients_that_are_asked_for_are_computed() -> None:
     leaf = x.clone().requires_grad_()
     y, jv = ops.swish_mlp_jvp(leaf, torch.randn(1, 50, 2), p, WIDTHS)
     with Tape() as tape:
-        torch.autograd.grad(y, leaf, torch.ones_like(y))
+        torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
         torch.autograd.grad(y.sum() + jv.sum(), p)
         ops.swish_mlp(x, p, WIDTHS).sum().backward()
     wanted = [arguments[-2:] for arguments in tape.arguments("qcsbm::swish_mlp_vjp")]
