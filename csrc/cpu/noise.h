@@ -116,11 +116,17 @@ inline void fill_normals(const Philox& philox, int64_t first, float (&z)[kBatchN
 }
 
 // Calls f(row, first, count, z) for every run of consecutive elements [begin, end) that lies in one row, with their
-// normals; `begin` is a multiple of 4. Short batches: the processor fetches one from memory while it draws the next.
-template <class F>
-inline void for_noisy_runs(const Philox& philox, int64_t begin, int64_t end, int64_t cols, F&& f) {
+// normals; `begin` is a multiple of 4. Short batches: while one is drawn, memory that f uses two batches on, in `arrays`,
+// is fetched.
+template <class F, class... T>
+inline void for_noisy_runs(const Philox& philox, int64_t begin, int64_t end, int64_t cols, F&& f, const T*... arrays) {
   alignas(64) float z[kBatchNormals];
+  const auto fetch = [](const auto* from) {
+    constexpr int64_t line = 64 / sizeof(*from);
+    for (int64_t i = 0; i < kBatchNormals; i += line) __builtin_prefetch(from + i);
+  };
   for (int64_t batch = begin; batch < end; batch += kBatchNormals) {
+    (fetch(arrays + batch + 2 * kBatchNormals), ...);
     fill_normals(philox, batch, z);
     for_runs(batch, std::min(end, batch + kBatchNormals), cols,
              [&](int64_t row, int64_t first, int64_t count) { f(row, first, count, z + (first - batch)); });

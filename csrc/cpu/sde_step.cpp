@@ -11,7 +11,7 @@ void sde_step(const T* x, const T* score, const acc_t<T>* a, const acc_t<T>* b, 
 #pragma omp parallel for schedule(static) if (n > kGrain)
   for (int64_t k = 0; k < blocks_of(n, kBlock); ++k) {
     const int64_t begin = k * kBlock, end = std::min(n, begin + kBlock);
-    for_noisy_runs(philox, begin, end, cols, [&](int64_t row, int64_t at, int64_t count, const float* z) {
+    const auto run = [&](int64_t row, int64_t at, int64_t count, const float* z) {
       const A ar = a[row], br = b[row], cr = c[row];
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
@@ -19,7 +19,8 @@ void sde_step(const T* x, const T* score, const acc_t<T>* a, const acc_t<T>* b, 
         mean[at + i] = store<T>(m);
         next[at + i] = store<T>(m + cr * static_cast<A>(z[i]));
       }
-    });
+    };
+    for_noisy_runs(philox, begin, end, cols, run, x, score, next, mean);
   }
 }
 
