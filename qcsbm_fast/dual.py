@@ -218,15 +218,15 @@ def linear(x: V, weight: Tensor, bias: Tensor | None = None) -> V:
 
 def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> V:
     """Convolution of images `(B, C, H, W)`; the tangents are one batch of `K B` images, without the bias."""
-    padded = weight.shape[2:] == (3, 3) and (stride, padding) == (1, 1)
+    keeps_size = stride == 1 and weight.shape[2:] in ((1, 1), (3, 3)) and padding == weight.shape[2] // 2
     if isinstance(x, Dual):
-        if padded and ops.has_convolution(primal := _autocast(x.primal), weight):
+        if keeps_size and ops.has_convolution(primal := _autocast(x.primal), weight):
             return Dual(*ops.convolve_jvp(primal, _autocast(x.tangents), weight, bias))
         tangents = _convolve(x.tangents.flatten(0, 1), weight, None, stride, padding)
         return Dual(
             _convolve(x.primal, weight, bias, stride, padding), tangents.unflatten(0, x.tangents.shape[:2])
         )
-    if padded and ops.has_convolution(images := _autocast(x), weight):
+    if keeps_size and ops.has_convolution(images := _autocast(x), weight):
         return ops.convolve(images, weight, bias)
     return _convolve(x, weight, bias, stride, padding)
 

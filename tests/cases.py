@@ -159,12 +159,14 @@ def _group_norm(
     return build
 
 
-def _convolution(*, lead: Size | None = None, bias: bool = True) -> Callable[[Draw, Size], tuple[Any, ...]]:
+def _convolution(
+    *, lead: Size | None = None, bias: bool = True, taps: int = 3
+) -> Callable[[Draw, Size], tuple[Any, ...]]:
     """Arguments `x, [tangents], weight, bias, transposed`, to five channels."""
 
     def build(d: Draw, size: Size) -> tuple[Any, ...]:
         tangents = [d.images(*lead, *size)] if lead is not None else []
-        weight = d.images(5, size[1], 3, 3).to(accumulate_dtype(d.dtype))
+        weight = d.images(5, size[1], taps, taps).to(accumulate_dtype(d.dtype))
         return d.images(*size), *tangents, weight, d.vector(5) if bias else None, False
 
     return build
@@ -377,7 +379,7 @@ TABLE: dict[str, Entry] = {
         bench=(64, 64, 32, 32),
     ),
     "convolve": Entry(
-        {"bias": _convolution(), "no-bias": _convolution(bias=False)},
+        {"bias": _convolution(), "no-bias": _convolution(bias=False), "one-tap": _convolution(taps=1)},
         IMAGES,
         public=lambda x, w, b, transposed: ops.convolve(x, w, b),
         differentiable=(0, 1, 2),
@@ -386,7 +388,11 @@ TABLE: dict[str, Entry] = {
         bench=(64, 64, 32, 32),
     ),
     "convolve_jvp": Entry(
-        {"bias": _convolution(lead=(2,)), "no-bias": _convolution(lead=(1,), bias=False)},
+        {
+            "bias": _convolution(lead=(2,)),
+            "no-bias": _convolution(lead=(1,), bias=False),
+            "one-tap": _convolution(lead=(1,), taps=1),
+        },
         IMAGES,
         public=lambda x, t, w, b, transposed: ops.convolve_jvp(x, t, w, b),
         differentiable=(0, 1, 2, 3),
@@ -397,12 +403,14 @@ TABLE: dict[str, Entry] = {
     ),
     "convolve_weight": Entry(
         {
-            "primal": lambda d, s: (d.images(*s), d.images(s[0], 5, *s[2:]), None, None),
+            "primal": lambda d, s: (d.images(*s), d.images(s[0], 5, *s[2:]), None, None, 3),
+            "one-tap": lambda d, s: (d.images(*s), d.images(s[0], 5, *s[2:]), None, None, 1),
             "both": lambda d, s: (
                 d.images(*s),
                 d.images(s[0], 5, *s[2:]),
                 d.images(2, *s),
                 d.images(2, s[0], 5, *s[2:]),
+                3,
             ),
         },
         IMAGES,

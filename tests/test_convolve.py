@@ -44,16 +44,17 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("size", SIZES)
-def test_accuracy(size: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("taps", [3, 1])
+def test_accuracy(taps: int, size: tuple[int, ...], dtype: torch.dtype) -> None:
     """Images, tangents, adjoint and weight gradient against float64."""
     b, k, c, d, h, w = size
     x, t = images(b, c, h, w, dtype=dtype), images(k, b, c, h, w, dtype=dtype, seed=1)
     g, gt = images(b, d, h, w, dtype=dtype, seed=2), images(k, b, d, h, w, dtype=dtype, seed=3)
-    weight, bias = images(d, c, 3, 3, seed=4), torch.randn(d)
+    weight, bias = images(d, c, taps, taps, seed=4), torch.randn(d)
     calls = {
         "convolve_jvp": ((x, t, weight, bias, False), (g, gt, weight, None, True)),
         "convolve": ((x, weight, bias, False), (gt, weight, None, True)),
-        "convolve_weight": ((x, g, t, gt), (x, g, None, None)),
+        "convolve_weight": ((x, g, t, gt, taps), (x, g, None, None, taps)),
     }
     for name, arguments in calls.items():
         for call in arguments:
@@ -141,7 +142,7 @@ def test_a_vector_jacobian_product_has_no_weight_gradient(used: list[str]) -> No
     (y.sum() + ydot.square().sum()).backward()
     assert used == ["convolve", "convolve_weight"]
     assert weight.grad is not None
-    ones = OPS["convolve_weight"](x.detach(), torch.ones_like(y), None, None)[0]
+    ones = OPS["convolve_weight"](x.detach(), torch.ones_like(y), None, None, 3)[0]
     torch.testing.assert_close(weight.grad, gw + ones, rtol=1e-4, atol=1e-3)
 
 

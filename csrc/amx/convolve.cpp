@@ -1,4 +1,4 @@
-// Convolution of channels-last images with a kernel of 3 x 3 taps, and its adjoint; the formula stands in
+// Convolution of channels-last images with a kernel of 3 x 3 taps or of one, and its adjoint; the formula stands in
 // qcsbm_fast/ops/convolve.py. A task makes the outputs of one band: left tiles are 16 consecutive pixels, right tiles
 // the weights of 16 output channels.
 #include "tiles.h"
@@ -9,34 +9,35 @@ namespace {
 // The weights (channels_out, taps, channels_in) as right tiles (out / 16, taps, in / 32); `transposed`: of the adjoint,
 // whose inputs are channels_out. Row r of a tile holds inputs 2 r and 2 r + 1 for each of 16 outputs.
 struct Weights {
-  int64_t channels_out, channels_in;
+  int64_t channels_out, channels_in, taps;
   bool transposed;
   int64_t in, out, steps;  // channels as the product sees them, tiles along the inputs
 
-  Weights(int64_t channels_out, int64_t channels_in, bool transposed)
+  Weights(int64_t channels_out, int64_t channels_in, int64_t taps, bool transposed)
       : channels_out(channels_out),
         channels_in(channels_in),
+        taps(taps),
         transposed(transposed),
         in(transposed ? channels_out : channels_in),
         out(transposed ? channels_in : channels_out),
         steps(blocks_of(in, 32)) {}
 
   int64_t count() const { return blocks_of(out, 16) * next() / kTile; }
-  int64_t next() const { return kTaps * steps * kTile; }  // from 16 output channels to the next
+  int64_t next() const { return taps * steps * kTile; }  // from 16 output channels to the next
 
   template <bool Split>
   void make_tile(const float* weight, int64_t tile, Halves tiles) const {
-    const int64_t input = tile % steps * 32, tap = tile / steps % kTaps, output = tile / steps / kTaps * 16;
+    const int64_t input = tile % steps * 32, tap = tile / steps % taps, output = tile / steps / taps * 16;
     // Up to 16 weights of channel `d` from channel `c` on.
     const auto load = [&](int64_t d, int64_t tap, int64_t c) {
       const bool inside = d < channels_out && c < channels_in;
-      const float* const from = weight + (inside ? (d * kTaps + tap) * channels_in + c : 0);
+      const float* const from = weight + (inside ? (d * taps + tap) * channels_in + c : 0);
       return load_lanes(from, inside ? lanes_mask(channels_in - c) : __mmask16{0});
     };
     __m512i high[16], low[16];
     for (int64_t r = 0; r < 16; ++r) {
       if (transposed) {
-        const int64_t d = input + 2 * r, mirrored = kTaps - 1 - tap;
+        const int64_t d = input + 2 * r, mirrored = taps - 1 - tap;
         const Lanes v = pair<true>(load(d, mirrored, output), load(d + 1, mirrored, output));
         high[r] = v.high;
         low[r] = v.low;
@@ -60,8 +61,8 @@ void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const W
   if constexpr (Cols > 1) _tile_loadd(1, bias + 16, 0);
   if constexpr (Rows > 1) _tile_loadd(2, bias, 0);
   if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, bias + 16, 0);
-  for (int64_t tap = 0; tap < kTaps; ++tap) {
-    const Halves left = pixels + (tap / 3 * width + tap % 3) * channels;
+  for (int64_t tap = 0; tap < weights.taps; ++tap) {
+    const Halves left = pixels + tap_shift(weights.taps, tap, width) * channels;
     for (int64_t c = 0; c < channels; c += 32, tiles = tiles + kTile)
       step<Rows, Cols, kSplit<T>>(left + c, 16 * channels, 2 * channels, tiles, weights.next(), 64);
   }
@@ -88,9 +89,9 @@ void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const W
 template <typename T>
 void convolve(const T* x, const T* tangents, const acc_t<T>* weight, const acc_t<T>* bias, T* y, T* y_tangents,
               int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
-              int64_t channels_out, bool transposed) {
+              int64_t channels_out, int64_t taps, bool transposed) {
   static thread_local Scratch<uint16_t> tiles_scratch;
-  const Weights weights(channels_out, channels_in, transposed);
+  const Weights weights(channels_out, channels_in, taps, transposed);
   const Halves tiles = halves<T>(tiles_scratch, weights.count() * kTile);
   const int64_t padded = round_up(weights.out, 32);
   Buffer<float> offsets(2 * padded);  // and zeros
@@ -142,7 +143,7 @@ void convolve(const T* x, const T* tangents, const acc_t<T>* weight, const acc_t
 
 #define QCSBM_INSTANTIATE(T)                                                                                         \
   template void convolve<T>(const T*, const T*, const float*, const float*, T*, T*, int64_t, int64_t, int64_t, int64_t, \
-                            int64_t, int64_t, bool);
+                            int64_t, int64_t, int64_t, bool);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(bfloat16)
 

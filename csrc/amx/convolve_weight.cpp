@@ -86,7 +86,7 @@ void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, fl
 template <typename T>
 void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tangents, acc_t<T>* gw, acc_t<T>* gbias,
                      int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
-                     int64_t channels_out) {
+                     int64_t channels_out, int64_t taps) {
   static thread_local Scratch<float> sums_scratch;
   const int64_t in = round_up(channels_in, 16), out = round_up(channels_out, 16);
   const int64_t padded = round_up(in, 32), in_tiles = in / 16;
@@ -98,7 +98,7 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
   const int64_t inputs = std::max(primal.inputs, tangent.inputs), outputs = std::max(primal.outputs, tangent.outputs);
   const int64_t count = primal.count + tangent.count;
   const int64_t pairs = inputs / 2, stride = round_up(outputs, 32);
-  const int64_t part_sums = out * kTaps * in;
+  const int64_t part_sums = out * taps * in;
   const int64_t parts = std::min(std::clamp<int64_t>(kSums / part_sums, 2, kParts), count);
   float* const sums = sums_scratch.get(parts * part_sums);
   Buffer<float> totals(2 * parts * out);  // sums of the cotangents: each part's, then what its tangents would add
@@ -118,12 +118,12 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
     const auto add_band = [&]<int Rows, int Cols>(const Bands& bands, Halves l, Halves r, float* tiles) {
       for (int64_t p = 0; p < bands.outputs; p += kPositions<T>)
         for (int64_t odd = 0; odd < 2; ++odd)
-          for (int64_t tap = 0; tap < kTaps; ++tap) {
-            const int64_t shift = tap / 3 * bands.width + tap % 3;
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t shift = tap_shift(taps, tap, bands.width);
             if (shift % 2 == odd)
               accumulate<Rows, Cols, kSplit<T>>(l + p * 16, stride, r + (odd * pairs * padded * 2 + (p + shift) / 2 * 64),
                                                 std::min(bands.outputs - p, kPositions<T>),
-                                                tiles + tap * in_tiles * 256, kTaps * in_tiles * 256);
+                                                tiles + tap * in_tiles * 256, taps * in_tiles * 256);
           }
     };
 #pragma omp for schedule(dynamic)
@@ -132,8 +132,8 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
       const int64_t last = std::min(first + share_channels, out);
       if (first >= last) continue;
       // (out / 16, taps, in / 16) tiles of 16 x 16
-      float* const part_sum = sums + part * part_sums + first * kTaps * in;
-      memset(part_sum, 0, (last - first) * kTaps * in * sizeof(float));
+      float* const part_sum = sums + part * part_sums + first * taps * in;
+      memset(part_sum, 0, (last - first) * taps * in * sizeof(float));
       for (int64_t index = part * count / parts; index < (part + 1) * count / parts; ++index) {
         const bool pushed = index >= primal.count;
         const Bands& bands = pushed ? tangent : primal;
@@ -146,7 +146,7 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
         for (int64_t n = 0; n < last - first; n += 32)
           for (int64_t c = 0; c < in; c += 32) {
             const Halves l = left + n * stride, r = right + c * pairs * 2;
-            float* const tiles = part_sum + (n / 16 * kTaps * in_tiles + c / 16) * 256;
+            float* const tiles = part_sum + (n / 16 * taps * in_tiles + c / 16) * 256;
             for_block(n + 16 < last - first, c + 16 < in,
                       [&]<int Rows, int Cols>() { add_band.template operator()<Rows, Cols>(bands, l, r, tiles); });
           }
@@ -156,13 +156,13 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
     for (int64_t n = 0; n < channels_out; ++n) {
       gbias[n] = 0;
       for (int64_t part = 0; part < parts; ++part) gbias[n] += totals[part * out + n];
-      for (int64_t tap = 0; tap < kTaps; ++tap)
+      for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t c = 0; c < channels_in; c += 16) {
-          const float* tile = sums + ((n / 16 * kTaps + tap) * in_tiles + c / 16) * 256 + n % 16 * 16;
+          const float* tile = sums + ((n / 16 * taps + tap) * in_tiles + c / 16) * 256 + n % 16 * 16;
           __m512 total = _mm512_loadu_ps(tile);
           for (int64_t part = 1; part < parts; ++part)
             total = _mm512_add_ps(total, _mm512_loadu_ps(tile + part * part_sums));
-          store_lanes(gw + (n * kTaps + tap) * channels_in + c, total, lanes_mask(channels_in - c));
+          store_lanes(gw + (n * taps + tap) * channels_in + c, total, lanes_mask(channels_in - c));
         }
     }
   }
@@ -170,7 +170,7 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
 
 #define QCSBM_INSTANTIATE(T)                                                                                     \
   template void convolve_weight<T>(const T*, const T*, const T*, const T*, float*, float*, int64_t, int64_t, int64_t,  \
-                                   int64_t, int64_t, int64_t);
+                                   int64_t, int64_t, int64_t, int64_t);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(bfloat16)
 

@@ -4,8 +4,8 @@
 // A float32 value is the sum of a bfloat16 `high` and a bfloat16 `low`, to 2^-17 of itself. A product of two such sums
 // is taken without low * low: three products of tiles where bfloat16 takes one.
 //
-// A convolution of 3 x 3 taps reads images in bands: rows of pixels, one zero pixel after each, which is also the one
-// before the next row. In such a line of pixels every tap is one shift.
+// A convolution, of 3 x 3 taps or of one, reads images in bands: rows of pixels, one zero pixel after each, which is also
+// the one before the next row. In such a line of pixels every tap is one shift.
 #pragma once
 
 #include <omp.h>
@@ -19,7 +19,6 @@
 
 namespace qcsbm::amx {
 
-constexpr int64_t kTaps = 9;
 constexpr int64_t kTile = 512;  // bfloat16 values in a tile register, 16 rows of 64 bytes
 constexpr int64_t kBandBytes = 512 * 1024;  // of converted pixels: they stay in the second-level cache
 
@@ -178,7 +177,7 @@ inline void store_lanes(bfloat16* p, __m512 v, __mmask16 mask) {
 }
 
 // Images cut into bands. A band is `group` whole images, or `rows` rows of one. Output pixel (line, column) stands at
-// position line * width + column; tap (i, j) reads input position i * width + j further on.
+// position line * width + column; tap (i, j) of 3 x 3 reads input position i * width + j further on.
 struct Bands {
   int64_t images, image_rows, image_cols;
   int64_t rows, group, width, lines, count, outputs, inputs;
@@ -233,6 +232,11 @@ struct Bands {
     }
   }
 };
+
+// How much further on tap `tap` of `taps`, 9 or 1, reads.
+inline int64_t tap_shift(int64_t taps, int64_t tap, int64_t width) {
+  return taps == 1 ? width + 1 : tap / 3 * width + tap % 3;
+}
 
 // Accumulates 2 x 2 tiles (registers 0 to 3; fewer where Rows or Cols is 1) of one step: left tiles of `left_stride`
 // bytes per row, `left_next` values apart, right tiles `right_next` values apart.

@@ -10,35 +10,36 @@ namespace amx {
 
 template <typename T>
 void convolve(const T*, const T*, const acc_t<T>*, const acc_t<T>*, T*, T*, int64_t, int64_t, int64_t, int64_t, int64_t,
-              int64_t, bool);
+              int64_t, int64_t, bool);
 template <typename T>
 void convolve_weight(const T*, const T*, const T*, const T*, acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t,
-                     int64_t, int64_t);
+                     int64_t, int64_t, int64_t);
 
 // float64, which the registers do not take and no network runs in, by plain loops: f(x, w, y) with the offset of every
 // input value, weight and output value that meet.
 template <class F>
-void for_products(int64_t images, int64_t height, int64_t width, int64_t in, int64_t out, F&& f) {
+void for_products(int64_t images, int64_t height, int64_t width, int64_t in, int64_t out, int64_t taps, F&& f) {
   for (int64_t row = 0; row < images * height; ++row)
     for (int64_t col = 0; col < width; ++col)
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        const int64_t up = tap / 3 - 1, right = tap % 3 - 1, i = row % height + up, j = col + right;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t up = taps == 1 ? 0 : tap / 3 - 1, right = taps == 1 ? 0 : tap % 3 - 1;
+        const int64_t i = row % height + up, j = col + right;
         if (i < 0 || i >= height || j < 0 || j >= width) continue;
         const int64_t to = row * width + col, from = to + up * width + right;
         for (int64_t d = 0; d < out; ++d)
-          for (int64_t c = 0; c < in; ++c) f(from * in + c, (d * 9 + tap) * in + c, to * out + d);
+          for (int64_t c = 0; c < in; ++c) f(from * in + c, (d * taps + tap) * in + c, to * out + d);
       }
 }
 
 template <>
 void convolve(const double* x, const double* tangents, const double* weight, const double* bias, double* y,
               double* y_tangents, int64_t images, int64_t tangent_images, int64_t height, int64_t width, int64_t in,
-              int64_t out, bool transposed) {
+              int64_t out, int64_t taps, bool transposed) {
   const int64_t channels = transposed ? in : out;
   for (int64_t k = 0; k < images * height * width * channels; ++k) y[k] = bias ? bias[k % channels] : 0;
   for (int64_t k = 0; k < tangent_images * height * width * channels; ++k) y_tangents[k] = 0;
   const auto run = [&](const double* from, double* to, int64_t count) {
-    for_products(count, height, width, in, out, [&](int64_t a, int64_t w, int64_t b) {
+    for_products(count, height, width, in, out, taps, [&](int64_t a, int64_t w, int64_t b) {
       transposed ? to[a] += weight[w] * from[b] : to[b] += weight[w] * from[a];
     });
   };
@@ -49,11 +50,11 @@ void convolve(const double* x, const double* tangents, const double* weight, con
 template <>
 void convolve_weight(const double* x, const double* g, const double* tangents, const double* g_tangents, double* gw,
                      double* gbias, int64_t images, int64_t tangent_images, int64_t height, int64_t width, int64_t in,
-                     int64_t out) {
-  std::fill(gw, gw + out * 9 * in, 0.0);
+                     int64_t out, int64_t taps) {
+  std::fill(gw, gw + out * taps * in, 0.0);
   std::fill(gbias, gbias + out, 0.0);
   const auto run = [&](const double* from, const double* to, int64_t count) {
-    for_products(count, height, width, in, out, [&](int64_t a, int64_t w, int64_t b) { gw[w] += from[a] * to[b]; });
+    for_products(count, height, width, in, out, taps, [&](int64_t a, int64_t w, int64_t b) { gw[w] += from[a] * to[b]; });
   };
   run(x, g, images);
   run(tangents, g_tangents, tangent_images);
@@ -76,9 +77,10 @@ Tensor checked_result(const Tensor& x, const Tensor& weight, const std::optional
   check_pixels(x, op, "x");
   check_images(weight, op, "weight");
   const int64_t d = x.dim(), channels = weight.size(transposed ? 1 : 0);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+  const int64_t size = weight.size(weight.dim() - 1);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == size && (size == 1 || size == 3) &&
                       weight.size(transposed ? 0 : 1) == x.size(d - 3) && weight.scalar_type() == accumulate_type(x),
-                  op, ": weight expected float32 (float64 beside float64 images), 3 x 3 taps, for the channels of x");
+                  op, ": weight expected float32 (float64 beside float64 images), 3 x 3 taps or one, for the channels of x");
   if (bias) check_vector(*bias, channels, x, op, "bias");
   return empty_images(x, channels, x.size(d - 2), x.size(d - 1));
 }
@@ -90,7 +92,8 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     for_type(x.scalar_type(), "convolve", [&]<typename T>() {
       using A = acc_t<T>;
       amx::convolve<T>(in<T>(x), nullptr, in<A>(weight), in<A>(bias), out<T>(y), nullptr, count_images(x), 0,
-                       x.size(d - 2), x.size(d - 1), weight.size(1), weight.size(0), transposed);
+                       x.size(d - 2), x.size(d - 1), weight.size(1), weight.size(0),
+                       weight.size(2) * weight.size(3), transposed);
     });
   return y;
 }
@@ -107,7 +110,7 @@ std::tuple<Tensor, Tensor> convolve_jvp(const Tensor& x, const Tensor& tangents,
       using A = acc_t<T>;
       amx::convolve<T>(in<T>(x), in<T>(tangents), in<A>(weight), in<A>(bias), out<T>(y), out<T>(y_tangents),
                        count_images(x), count_images(tangents), x.size(d - 2), x.size(d - 1), weight.size(1),
-                       weight.size(0), transposed);
+                       weight.size(0), weight.size(2) * weight.size(3), transposed);
     });
   return {y, y_tangents};
 }
@@ -122,7 +125,7 @@ void check_cotangents(const Tensor& x, const Tensor& g, const char* name) {
 }
 
 std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, const std::optional<Tensor>& tangents,
-                                           const std::optional<Tensor>& g_tangents) {
+                                           const std::optional<Tensor>& g_tangents, int64_t size) {
   const int64_t d = x.dim(), in_channels = x.size(d - 3), channels = g.size(d - 3);
   check_cotangents(x, g, "x");
   STD_TORCH_CHECK(tangents.has_value() == g_tangents.has_value(), "convolve_weight: tangents expected with cotangents");
@@ -130,7 +133,8 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
     check_cotangents(*tangents, *g_tangents, "tangents");
     check_images_like(*tangents, x, "convolve_weight", "tangents", 1);
   }
-  Tensor stored = torch::stable::new_empty(x, {channels, 3, 3, in_channels}, accumulate_type(x));
+  STD_TORCH_CHECK(size == 1 || size == 3, "convolve_weight: size expected 1 or 3");
+  Tensor stored = torch::stable::new_empty(x, {channels, size, size, in_channels}, accumulate_type(x));
   Tensor gbias = new_vector(x, channels);
   if (x.numel() == 0 || g.numel() == 0) {
     torch::stable::zero_(stored);
@@ -139,7 +143,7 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
     for_type(x.scalar_type(), "convolve_weight", [&]<typename T>() {
       amx::convolve_weight<T>(in<T>(x), in<T>(g), in<T>(tangents), in<T>(g_tangents), out<acc_t<T>>(stored),
                               out<acc_t<T>>(gbias), count_images(x), tangents ? count_images(*tangents) : 0,
-                              x.size(d - 2), x.size(d - 1), in_channels, channels);
+                              x.size(d - 2), x.size(d - 1), in_channels, channels, size * size);
     });
   }
   using torch::stable::transpose;

@@ -1,6 +1,6 @@
 """Convolution of images by the processor's matrix registers (AMX): in bfloat16, or in float32 by three such products.
 
-With `W` of 3 x 3 taps and zeros around the image, which keep its size,
+With `W` of 3 x 3 taps and zeros around the image, which keep its size, or of one,
 
     y[b, d, p] = sum_{c, q} W[d, c, q] x[b, c, p + q] + bias[d],
 
@@ -30,7 +30,7 @@ _LEAST_CHANNELS = 16
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     rows = x.to(weight.dtype).flatten(0, -4)
-    y = (F.conv_transpose2d if transposed else F.conv2d)(rows, weight, bias, padding=1)
+    y = (F.conv_transpose2d if transposed else F.conv2d)(rows, weight, bias, padding=weight.shape[-1] // 2)
     return to_channels_last(y.to(x.dtype).unflatten(0, x.shape[:-3]))
 
 
@@ -41,14 +41,14 @@ def _reference_jvp(
 
 
 def _reference_weight(
-    x: Tensor, g: Tensor, tangents: Tensor | None, g_tangents: Tensor | None
+    x: Tensor, g: Tensor, tangents: Tensor | None, g_tangents: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(x.dtype)
-    shape = (g.shape[-3], x.shape[-3], 3, 3)
+    shape = (g.shape[-3], x.shape[-3], size, size)
     rows, g_rows = (value.to(dtype).flatten(0, -4) for value in (x, g))
-    gw = conv2d_weight(rows, shape, g_rows, padding=1)
+    gw = conv2d_weight(rows, shape, g_rows, padding=size // 2)
     if tangents is not None and g_tangents is not None:
-        gw = gw + _reference_weight(tangents, g_tangents, None, None)[0]
+        gw = gw + _reference_weight(tangents, g_tangents, None, None, size)[0]
     return to_channels_last(gw), g_rows.sum((0, 2, 3))
 
 
@@ -58,16 +58,16 @@ _jvp = Op(
     _reference_jvp,
 )
 _weight = Op(
-    "convolve_weight(Tensor x, Tensor g, Tensor? tangents, Tensor? g_tangents) -> (Tensor, Tensor)",
+    "convolve_weight(Tensor x, Tensor g, Tensor? tangents, Tensor? g_tangents, int size) -> (Tensor, Tensor)",
     _reference_weight,
 )
 
 
 def _weight_gradients(
-    x: Tensor, g: Tensor, t: Tensor | None, gt: Tensor | None, transposed: bool
+    x: Tensor, g: Tensor, t: Tensor | None, gt: Tensor | None, size: int, transposed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Of weight and bias; in the adjoint, which has no bias, images and cotangents change their roles."""
-    return (_weight(g, x, gt, t)[0], None) if transposed else _weight(x, g, t, gt)
+    return (_weight(g, x, gt, t, size)[0], None) if transposed else _weight(x, g, t, gt, size)
 
 
 def _wanted(ctx: Any, weight: int) -> bool:
@@ -89,7 +89,7 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
     if ctx.needs_input_grad[0]:
         gx = _op(g, weight, None, not ctx.transposed)
     if _wanted(ctx, 1):
-        gw, gbias = _weight_gradients(x, g, None, None, ctx.transposed)
+        gw, gbias = _weight_gradients(x, g, None, None, weight.shape[-1], ctx.transposed)
     return gx, gw, gbias if ctx.needs_input_grad[2] else None, None
 
 
@@ -111,14 +111,16 @@ def _jvp_backward(ctx: Any, g: Tensor | None, gt: Tensor | None) -> tuple[Any, .
         gtangents = _op(gt, weight, None, not ctx.transposed)
     if _wanted(ctx, 2):
         if g is not None:
-            gw, gbias = _weight_gradients(x, g, None if gt is None else t, gt, ctx.transposed)
+            gw, gbias = _weight_gradients(
+                x, g, None if gt is None else t, gt, weight.shape[-1], ctx.transposed
+            )
         elif gt is not None:
-            gw, _ = _weight_gradients(t, gt, None, None, ctx.transposed)
+            gw, _ = _weight_gradients(t, gt, None, None, weight.shape[-1], ctx.transposed)
     return gx, gtangents, gw, gbias if ctx.needs_input_grad[3] else None, None
 
 
 def _weight_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4])
 
 
 def _weight_backward(ctx: Any, u: Tensor, ubias: Tensor) -> tuple[Any, ...]:
@@ -129,7 +131,7 @@ def _weight_backward(ctx: Any, u: Tensor, ubias: Tensor) -> tuple[Any, ...]:
     else:
         gx, gtangents = _jvp(g, g_tangents, u, None, True)
         gg, gg_tangents = _jvp(x, tangents, u, ubias, False)
-    return gx, gg, gtangents, gg_tangents
+    return gx, gg, gtangents, gg_tangents, None
 
 
 _op.set_backward(_backward, _save)
@@ -147,7 +149,7 @@ def has_convolution(x: Tensor, weight: Tensor) -> bool:
         and (x.dtype == torch.bfloat16 or (split.allowed and x.dtype == torch.float32))
         and x.device.type == "cpu"
         and weight.dtype == torch.float32
-        and weight.shape[2:] == (3, 3)
+        and weight.shape[2:] in ((3, 3), (1, 1))
         and min(weight.shape[:2]) >= _LEAST_CHANNELS
     )
 
@@ -158,8 +160,10 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     channels, dtype = x.shape[-3], accumulate_dtype(x.dtype)
     if not isinstance(weight, Tensor):
         raise TypeError(f"convolve: weight expected a tensor, got {describe(weight)}")
-    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3) or weight.dtype != dtype:
-        fail("convolve", "weight", f"(D, {channels}, 3, 3), {dtype}".replace("torch.", ""), weight)
+    shapes = ((channels, 3, 3), (channels, 1, 1))
+    if weight.dim() != 4 or weight.shape[1:] not in shapes or weight.dtype != dtype:
+        expected = f"(D, {channels}, 3, 3) or (D, {channels}, 1, 1), {dtype}".replace("torch.", "")
+        fail("convolve", "weight", expected, weight)
     if weight.device != x.device:
         fail("convolve", "weight", f"on {x.device}", weight)
     bias = None if bias is None else coefficients("convolve", "bias", bias, weight.shape[:1], x)
@@ -171,7 +175,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: images `(*, C, H, W)` with at least a batch dimension, best channels-last; the result is.
-        weight: `(D, C, 3, 3)`, float32 (float64 beside float64 images), best channels-last.
+        weight: `(D, C, 3, 3)` or `(D, C, 1, 1)`, float32 (float64 beside float64 images), best channels-last.
         bias: `(D,)` or None.
 
     Returns:

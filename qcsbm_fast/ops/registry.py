@@ -45,6 +45,12 @@ class Op:
             setup_context=self._save,
             lib=LIBRARY,
         )
+        # what register_autograd makes, in half the time of a call; it serves eager mode only
+        methods = {
+            "forward": staticmethod(self._forward),
+            "backward": staticmethod(lambda ctx, *grads: self._backward(ctx, *grads)),
+        }
+        self._function = type(f"{self.name}_function", (torch.autograd.Function,), methods)
         OPS[self.name] = self
 
     def set_backward(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -67,6 +73,12 @@ class Op:
         if self._setup_context is not None:
             self._setup_context(ctx, inputs, output)
 
+    def _forward(self, ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = self.overload(*args)
+        self._save(ctx, args, output)
+        return output
+
     def _refuse(self, ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
             f"{self.name} has no derivative of this order: detach its inputs, or use the plain-torch reference "
@@ -81,7 +93,12 @@ class Op:
             )
         if backend.WANTED == "native":
             backend.require_native(self.name, next(a for a in args if isinstance(a, Tensor)).device.type)
-        return self.overload(*args)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.overload(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
 
 def gradient_wanted(ctx: Any, tensor: int) -> bool:
