@@ -61,16 +61,16 @@ class Attention(nn.Module):
         def to_image(tokens: Tensor) -> Tensor:
             return tokens.mT.unflatten(-1, (height, width))
 
-        h: Any = self.norm(x)
-        h = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
-        h = dual.linear(attend(*self._project(h)), self.out.weight, self.out.bias)
+        h: Any = self._project(self.norm(x))
+        tokens = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
+        h = attend(*dual.chunk(tokens, 3))
         h = h.map(to_image) if isinstance(h, Dual) else to_image(h)
+        h = dual.conv2d(h, self.out.weight[:, :, None, None], self.out.bias)
         return add(x, h, self.scale)  # pyright: ignore[reportArgumentType]
 
-    def _project(self, tokens: V) -> tuple[V, V, V]:
-        """Query, key and value by one product; the query with the factor `1 / sqrt C` of the scores."""
+    def _project(self, image: V) -> V:
+        """Query, key and value `(B, 3 C, H, W)` by one product; the query with the scores' factor `1 / sqrt C`."""
         factor = 1 / math.sqrt(self.query.in_features)
         weight = torch.cat([self.query.weight * factor, self.key.weight, self.value.weight])
         bias = torch.cat([self.query.bias * factor, self.key.bias, self.value.bias])
-        query, key, value = dual.chunk(dual.linear(tokens, weight, bias), 3)
-        return query, key, value
+        return dual.conv2d(image, weight[:, :, None, None], bias)
