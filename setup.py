@@ -33,12 +33,14 @@ CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS = {
-        "baseline": [],
+        "baseline": ["-O1"],  # for processors from before 2013: quick to compile
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     }
 # csrc/amx, the kernels for processors with matrix registers: above all of avx512's.
 AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16"]
+# With torch's headers: compiled once for all of csrc/register.
+REGISTER_HEADER = "register.h"
 
 
 def find_nvcc() -> Path | None:
@@ -73,15 +75,18 @@ def cuda_toolkit() -> tuple[Path | None, str]:
 
 
 class Edge(NamedTuple):
-    """One compiler call; `variant` tells apart the objects of one source."""
+    """One compiler call; `variant` tells apart the objects of one source, `header` is one that it has compiled."""
 
     rule: str
     source: Path
     flags: list[str]
     variant: str = ""
+    header: str = ""
 
     @property
     def object(self) -> str:
+        if self.source.suffix == ".h":
+            return f"{self.source.name}.gch"
         return "_".join([*self.source.relative_to(ROOT / "csrc").parts, self.variant]).rstrip("_") + ".o"
 
 
@@ -133,10 +138,13 @@ class NinjaBuild(build_ext):
         folder = ROOT / "build" / f"{sys.platform}-{platform.machine()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         amx = has_amx_flags(cxx)
-        header = folder / "build_record.h"
-        record = build_record(cxx, [*INSTRUCTION_SETS, *["amx"] * amx], cuda, architectures)
-        if not header.exists() or header.read_text() != record:
-            header.write_text(record)
+        headers = {
+            "build_record.h": build_record(cxx, [*INSTRUCTION_SETS, *["amx"] * amx], cuda, architectures),
+            REGISTER_HEADER: f'#include "{ROOT}/csrc/register/common.h"\n',
+        }
+        for name, text in headers.items():  # one that is as it was keeps its time, and what it makes
+            if not (folder / name).exists() or (folder / name).read_text() != text:
+                (folder / name).write_text(text)
 
         edges = self.edges(folder, architectures, amx)
         self.run_ninja(folder, edges, cxx, nvcc)
@@ -176,9 +184,13 @@ class NinjaBuild(build_ext):
         if amx:
             amx_flags = [*common, *INSTRUCTION_SETS["avx512"], *AMX_FLAGS, "-fopenmp", "-DQCSBM_ISA=amx"]
             ops += [Edge("cxx", source, amx_flags) for source in sources("amx/*.cpp")]
-        ops += [Edge("cxx", source, torch_flags) for source in sources("register/*.cpp")]
+        headers = [Edge("cxx", folder / REGISTER_HEADER, [*torch_flags, "-x", "c++-header"])]
+        torch_flags = [*torch_flags, "-include", REGISTER_HEADER]
+        ops += [
+            Edge("cxx", source, torch_flags, header=headers[0].object) for source in sources("register/*.cpp")
+        ]
         host = Edge("cxx", ROOT / "csrc/host.cpp", [*common, *detect, "-O1", *python, f"-I{folder}"])
-        return {"qcsbm_fast._ops": ops, "qcsbm_fast._host": [host]}
+        return {"": headers, "qcsbm_fast._ops": ops, "qcsbm_fast._host": [host]}
 
     def run_ninja(self, folder: Path, edges: dict[str, list[Edge]], cxx: str, nvcc: Path | None) -> None:
         lines = ["ninja_required_version = 1.5"]
@@ -186,7 +198,9 @@ class NinjaBuild(build_ext):
             lines += [f"rule {rule}", f"  command = {compiler} -MD -MF $out.d $flags -c $in -o $out"]
             lines += ["  depfile = $out.d", "  deps = gcc"]
         for edge in (edge for group in edges.values() for edge in group):
-            lines += [f"build {edge.object}: {edge.rule} {edge.source}", f"  flags = {' '.join(edge.flags)}"]
+            needs = f" | {edge.header}" if edge.header else ""
+            lines += [f"build {edge.object}: {edge.rule} {edge.source}{needs}"]
+            lines += [f"  flags = {' '.join(edge.flags)}"]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-j", jobs] if jobs else [])]
