@@ -8,44 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from draws import (
+    Draw,
+    Size,
+    activation,
+    convolution,
+    fill,
+    fir,
+    group_norm,
+    norm,
+    swish_mlp,
+    swish_mlp_public,
+)
 from qcsbm_fast import ops
 from qcsbm_fast.ops import backend
-from qcsbm_fast.ops.registry import OPS, accumulate_dtype
+from qcsbm_fast.ops.registry import OPS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-Size = tuple[int, ...]
 # Errors of long sums, as shares of the largest value: of float32 products in three parts, of plain loops in float64.
 SUMS = {torch.float32: 2.0**-15, torch.float64: 2.0**-44}
-
-
-class Draw:
-    """Random arguments of one call: the same numbers for every dtype, up to rounding."""
-
-    def __init__(self, dtype: torch.dtype, seed: int = 0):
-        self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *size: int) -> Tensor:
-        return torch.randn(size, dtype=torch.float64, generator=self.generator).to(self.dtype)
-
-    def images(self, *size: int) -> Tensor:
-        """`(*, C, H, W)`, stored channels-last as the image ops take it."""
-        return self.normal(*size).movedim(-3, -1).contiguous().movedim(-1, -3)
-
-    def vector(self, *size: int) -> Tensor:
-        """Coefficients in [0.5, 1.5) in the accumulation dtype."""
-        values = torch.rand(size, dtype=torch.float64, generator=self.generator) + 0.5
-        return values.to(accumulate_dtype(self.dtype))
-
-    def state(self) -> Tensor:
-        """A seed and an offset that need both of their 32-bit words."""
-        return torch.randint(2**62, (2,), generator=self.generator)
 
 
 @dataclass(frozen=True)
@@ -114,116 +100,12 @@ MLPS: dict[str, Size] = {
 LENGTHS: dict[str, Size] = {"empty": (0,), "one": (1,), "odd": (5, 27), "large": (7, 9001)}
 
 
-def _fill(d: Draw, size: Size) -> tuple[Any, ...]:
-    return d.state(), list(size), d.dtype
-
-
-def _activation(
-    kind: str,
-    constant: float,
-    *,
-    lead: Size | None = None,
-    learnt: bool = True,
-    grads: int = 0,
-    g: bool = True,
-) -> Callable[[Draw, Size], tuple[Any, ...]]:
-    """Arguments `([g], [gdot], x, [tangents], bias, p, kind, constant)`: `lead` is `(K,)`, `grads` their cotangents."""
-
-    def build(d: Draw, size: Size) -> tuple[Any, ...]:
-        tangents = [d.normal(*lead, *size)] if lead is not None else []
-        cotangents = [d.normal(*size) if g else None, *(d.normal(*t.shape) for t in tangents)][:grads]
-        vectors = (d.vector(size[-1]) if learnt else None, d.vector(size[-1]) if learnt else None)
-        return *cotangents, d.normal(*size), *tangents, *vectors, kind, constant
-
-    return build
-
-
-def _group_norm(
-    silu: bool, *, lead: Size | None = None, bias: bool = True, grads: int = 0, g: bool = True
-) -> Callable[[Draw, Size], tuple[Any, ...]]:
-    """Arguments `x, [tangents], bias, gamma, beta, groups, eps, silu`, in two groups of channels.
-
-    With cotangents `[g], [gdot], x, [tangents], bias, gamma, beta, statistics..., groups, silu`.
-    """
-
-    def build(d: Draw, size: Size) -> tuple[Any, ...]:
-        tangents = [d.images(*lead, *size)] if lead is not None else []
-        cotangents = [d.images(*size) if g else None, *(d.images(*t.shape) for t in tangents)][:grads]
-        vectors = (d.vector(*size[:2]) if bias else None, d.vector(size[1]), d.vector(size[1]))
-        call = (d.images(*size), *tangents, *vectors)
-        if not grads:
-            return *call, 2, 1e-6, silu
-        statistics = OPS[f"group_norm_silu{'_jvp' if tangents else ''}"].reference(*call, 2, 1e-6, silu)
-        return *cotangents, *call, *statistics[1 + len(tangents) :], 2, silu
-
-    return build
-
-
-def _convolution(
-    *, lead: Size | None = None, bias: bool = True, taps: int = 3
-) -> Callable[[Draw, Size], tuple[Any, ...]]:
-    """Arguments `x, [tangents], weight, bias, transposed`, to five channels."""
-
-    def build(d: Draw, size: Size) -> tuple[Any, ...]:
-        tangents = [d.images(*lead, *size)] if lead is not None else []
-        weight = d.images(5, size[1], taps, taps).to(accumulate_dtype(d.dtype))
-        return d.images(*size), *tangents, weight, d.vector(5) if bias else None, False
-
-    return build
-
-
-def _swish_mlp(
-    probes: int, *, grads: int = 0, inputs: bool = True, weights: bool = True
-) -> Callable[[Draw, Size], tuple[Any, ...]]:
-    """Arguments `x, tangents, parameters, widths` of `(B, D_0, ...)`.
-
-    With cotangents `g, gdot, x, tangents, pre, pre_dot, parameters, widths, inputs, weights`.
-    """
-
-    def build(d: Draw, size: Size) -> tuple[Any, ...]:
-        rows, *widths = size
-        dtype = accumulate_dtype(d.dtype)
-        weight = [d.normal(out, before) * before**-0.5 for before, out in pairwise(widths)]
-        vectors = [(d.vector(out) - 1, d.vector(out)) for out in widths[1:-1]]
-        hidden = [part for w, pair in zip(weight, vectors, strict=False) for part in (w, *pair)]
-        parts = (*hidden, d.vector(widths[-2]), weight[-1])
-        parameters = torch.cat([part.flatten().to(dtype) for part in parts])
-
-        def pushed(width: int, probes: int) -> tuple[Tensor, Tensor | None]:
-            return d.normal(rows, width), d.normal(probes, rows, width) if probes else None
-
-        x = pushed(widths[0], probes)
-        if not grads:
-            return *x, parameters, widths
-        g = pushed(widths[-1], probes if grads > 1 else 0)
-        columns = sum(widths[1:-1])
-        pre = d.normal(rows, columns).to(dtype), d.normal(probes, rows, columns).to(dtype)
-        return *g, *x, *pre, parameters, widths, inputs, weights
-
-    return build
-
-
-def _swish_mlp_public(x: Tensor, t: Tensor | None, parameters: Tensor, widths: list[int]) -> Any:
-    return ops.swish_mlp(x, parameters, widths) if t is None else ops.swish_mlp_jvp(x, t, parameters, widths)
-
-
-def _norm(public: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *a: public(*a[:-3], groups=a[-3], eps=a[-2], silu=a[-1])
-
-
-def _fir(x: Tensor, taps: list[float], up: int, down: int, pad: int, rows: int, cols: int) -> Tensor:
-    """`fir` takes the padding after the image where the op takes the size of the result."""
-    height = x.shape[-2] if isinstance(x, Tensor) and x.dim() > 1 else 1
-    after = (rows - 1) * down + len(taps) - pad - height * up
-    return ops.fir(x, taps, up=up, down=down, pad=(pad, after))
-
-
 TABLE: dict[str, Entry] = {
     "philox_normal": Entry(
-        {"normal": _fill}, LENGTHS, public=ops.philox_normal, noise=True, bench=(64, 3, 128, 128)
+        {"normal": fill}, LENGTHS, public=ops.philox_normal, noise=True, bench=(64, 3, 128, 128)
     ),
-    "philox_uniform": Entry({"uniform": _fill}, LENGTHS, public=ops.philox_uniform, bench=(64, 3, 128, 128)),
-    "rademacher": Entry({"signs": _fill}, LENGTHS, public=ops.rademacher, bench=(64, 3, 128, 128)),
+    "philox_uniform": Entry({"uniform": fill}, LENGTHS, public=ops.philox_uniform, bench=(64, 3, 128, 128)),
+    "rademacher": Entry({"signs": fill}, LENGTHS, public=ops.rademacher, bench=(64, 3, 128, 128)),
     "perturb": Entry(
         {
             "stored": lambda d, s: (d.normal(*s), d.vector(s[0]), d.vector(s[0]), d.state(), True),
@@ -272,10 +154,10 @@ TABLE: dict[str, Entry] = {
     ),
     "bias_act": Entry(
         {
-            "swish": _activation("swish", 1.0),
-            "silu": _activation("swish", 1.0, learnt=False),
-            "elu": _activation("elu", 1.0, learnt=False),
-            "leaky-relu": _activation("leaky_relu", 0.1),
+            "swish": activation("swish", 1.0),
+            "silu": activation("swish", 1.0, learnt=False),
+            "elu": activation("elu", 1.0, learnt=False),
+            "leaky-relu": activation("leaky_relu", 0.1),
         },
         ROWS,
         public=lambda x, b, p, kind, c: ops.bias_act(x, b, p, kind=kind, constant=c),
@@ -285,19 +167,19 @@ TABLE: dict[str, Entry] = {
     ),
     "bias_act_vjp": Entry(
         {
-            "swish": _activation("swish", 1.0, grads=1),
-            "elu": _activation("elu", 0.7, learnt=False, grads=1),
-            "leaky-relu": _activation("leaky_relu", 0.1, grads=1),
+            "swish": activation("swish", 1.0, grads=1),
+            "elu": activation("elu", 0.7, learnt=False, grads=1),
+            "leaky-relu": activation("leaky_relu", 0.1, grads=1),
         },
         ROWS,
         bench=(5000, 256),
     ),
     "bias_act_jvp": Entry(
         {
-            "swish": _activation("swish", 1.0, lead=(2,)),
-            "elu": _activation("elu", 0.7, lead=(1,), learnt=False),
-            "leaky-relu": _activation("leaky_relu", 0.1, lead=(2,)),
-            "no-probes": _activation("swish", 1.0, lead=(0,)),
+            "swish": activation("swish", 1.0, lead=(2,)),
+            "elu": activation("elu", 0.7, lead=(1,), learnt=False),
+            "leaky-relu": activation("leaky_relu", 0.1, lead=(2,)),
+            "no-probes": activation("swish", 1.0, lead=(0,)),
         },
         ROWS,
         public=lambda x, t, b, p, kind, c: ops.bias_act_jvp(x, t, b, p, kind=kind, constant=c),
@@ -308,10 +190,10 @@ TABLE: dict[str, Entry] = {
     ),
     "bias_act_jvp_vjp": Entry(
         {
-            "swish": _activation("swish", 1.0, lead=(2,), grads=2),
-            "elu": _activation("elu", 0.7, lead=(1,), learnt=False, grads=2),
-            "leaky-relu": _activation("leaky_relu", 0.1, lead=(2,), grads=2),
-            "tangents-only": _activation("swish", 1.0, lead=(2,), grads=2, g=False),
+            "swish": activation("swish", 1.0, lead=(2,), grads=2),
+            "elu": activation("elu", 0.7, lead=(1,), learnt=False, grads=2),
+            "leaky-relu": activation("leaky_relu", 0.1, lead=(2,), grads=2),
+            "tangents-only": activation("swish", 1.0, lead=(2,), grads=2, g=False),
         },
         ROWS,
         bench=(5000, 256),
@@ -373,13 +255,13 @@ TABLE: dict[str, Entry] = {
             ),
         },
         IMAGES,
-        public=_fir,
+        public=fir,
         differentiable=(0,),
         order=2,
         bench=(64, 64, 32, 32),
     ),
     "convolve": Entry(
-        {"bias": _convolution(), "no-bias": _convolution(bias=False), "one-tap": _convolution(taps=1)},
+        {"bias": convolution(), "no-bias": convolution(bias=False), "one-tap": convolution(taps=1)},
         IMAGES,
         public=lambda x, w, b, transposed: ops.convolve(x, w, b),
         differentiable=(0, 1, 2),
@@ -389,9 +271,9 @@ TABLE: dict[str, Entry] = {
     ),
     "convolve_jvp": Entry(
         {
-            "bias": _convolution(lead=(2,)),
-            "no-bias": _convolution(lead=(1,), bias=False),
-            "one-tap": _convolution(lead=(1,), taps=1),
+            "bias": convolution(lead=(2,)),
+            "no-bias": convolution(lead=(1,), bias=False),
+            "one-tap": convolution(lead=(1,), taps=1),
         },
         IMAGES,
         public=lambda x, t, w, b, transposed: ops.convolve_jvp(x, t, w, b),
@@ -419,24 +301,24 @@ TABLE: dict[str, Entry] = {
         bench=(64, 64, 32, 32),
     ),
     "group_norm_silu": Entry(
-        {"silu": _group_norm(True), "plain": _group_norm(False, bias=False)},
+        {"silu": group_norm(True), "plain": group_norm(False, bias=False)},
         IMAGES,
-        public=_norm(ops.group_norm_silu),
+        public=norm(ops.group_norm_silu),
         differentiable=(0, 1, 2, 3),
         order=1,
         ulps=32,
         bench=(64, 64, 32, 32),
     ),
     "group_norm_silu_vjp": Entry(
-        {"silu": _group_norm(True, grads=1), "plain": _group_norm(False, bias=False, grads=1)},
+        {"silu": group_norm(True, grads=1), "plain": group_norm(False, bias=False, grads=1)},
         IMAGES,
         ulps=32,
         bench=(64, 64, 32, 32),
     ),
     "group_norm_silu_jvp": Entry(
-        {"silu": _group_norm(True, lead=(2,)), "plain": _group_norm(False, lead=(1,), bias=False)},
+        {"silu": group_norm(True, lead=(2,)), "plain": group_norm(False, lead=(1,), bias=False)},
         IMAGES,
-        public=_norm(ops.group_norm_silu_jvp),
+        public=norm(ops.group_norm_silu_jvp),
         differentiable=(0, 1, 2, 3, 4),
         order=1,
         tangent_of="group_norm_silu",
@@ -445,18 +327,18 @@ TABLE: dict[str, Entry] = {
     ),
     "group_norm_silu_jvp_vjp": Entry(
         {
-            "silu": _group_norm(True, lead=(2,), grads=2),
-            "plain": _group_norm(False, lead=(1,), bias=False, grads=2),
-            "tangents-only": _group_norm(True, lead=(2,), grads=2, g=False),
+            "silu": group_norm(True, lead=(2,), grads=2),
+            "plain": group_norm(False, lead=(1,), bias=False, grads=2),
+            "tangents-only": group_norm(True, lead=(2,), grads=2, g=False),
         },
         IMAGES,
         ulps=32,
         bench=(64, 64, 32, 32),
     ),
     "swish_mlp": Entry(
-        {"values": _swish_mlp(0), "one-probe": _swish_mlp(1), "probes": _swish_mlp(3)},
+        {"values": swish_mlp(0), "one-probe": swish_mlp(1), "probes": swish_mlp(3)},
         MLPS,
-        public=_swish_mlp_public,
+        public=swish_mlp_public,
         differentiable=(0, 1, 2),
         order=1,
         ulps=16,
@@ -464,10 +346,10 @@ TABLE: dict[str, Entry] = {
     ),
     "swish_mlp_vjp": Entry(
         {
-            "values": _swish_mlp(0, grads=1),
-            "pull": _swish_mlp(2, grads=1, weights=False),
-            "joint": _swish_mlp(1, grads=2, inputs=False),
-            "all": _swish_mlp(3, grads=2),
+            "values": swish_mlp(0, grads=1),
+            "pull": swish_mlp(2, grads=1, weights=False),
+            "joint": swish_mlp(1, grads=2, inputs=False),
+            "all": swish_mlp(3, grads=2),
         },
         MLPS,
         ulps=16,

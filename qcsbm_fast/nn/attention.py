@@ -62,7 +62,7 @@ class Attention(nn.Module):
             return tokens.mT.unflatten(-1, (height, width))
 
         h: Any = self._project(self.norm(x))
-        tokens = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
+        tokens: Any = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
         h = attend(*dual.chunk(tokens, 3))
         h = h.map(to_image) if isinstance(h, Dual) else to_image(h)
         h = dual.conv2d(h, self.out.weight[:, :, None, None], self.out.bias)

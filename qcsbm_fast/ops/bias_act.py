@@ -22,7 +22,7 @@ from .registry import Op, accumulate_dtype
 KINDS = ("swish", "elu", "leaky_relu")
 
 
-def _jet(x: Tensor, bias: Tensor | None, p: Tensor | None, kind: str, constant: float) -> tuple[Tensor, ...]:
+def jet(x: Tensor, bias: Tensor | None, p: Tensor | None, kind: str, constant: float) -> tuple[Tensor, ...]:
     """f, f', f'', df/dp and df'/dp at x + bias, in the accumulation dtype."""
     u = x.to(accumulate_dtype(x.dtype))
     if bias is not None:
@@ -50,13 +50,13 @@ def _sum_rows(value: Tensor, wanted: Tensor | None) -> Tensor:
 
 
 def _reference(x: Tensor, bias: Tensor | None, p: Tensor | None, kind: str, constant: float) -> Tensor:
-    return _jet(x, bias, p, kind, constant)[0].to(x.dtype)
+    return jet(x, bias, p, kind, constant)[0].to(x.dtype)
 
 
 def _reference_vjp(
     g: Tensor, x: Tensor, bias: Tensor | None, p: Tensor | None, kind: str, constant: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, dx, _, dp, _ = _jet(x, bias, p, kind, constant)
+    _, dx, _, dp, _ = jet(x, bias, p, kind, constant)
     gx = dx * g
     return gx.to(x.dtype), _sum_rows(gx, bias), _sum_rows(dp * g, p)
 
@@ -64,7 +64,7 @@ def _reference_vjp(
 def _reference_jvp(
     x: Tensor, tangents: Tensor, bias: Tensor | None, p: Tensor | None, kind: str, constant: float
 ) -> tuple[Tensor, Tensor]:
-    y, dx, *_ = _jet(x, bias, p, kind, constant)
+    y, dx, *_ = jet(x, bias, p, kind, constant)
     return y.to(x.dtype), (dx * tangents).to(x.dtype)
 
 
@@ -78,7 +78,7 @@ def _reference_jvp_vjp(
     kind: str,
     constant: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, dx, dxx, dp, dxp = _jet(x, bias, p, kind, constant)
+    _, dx, dxx, dp, dxp = jet(x, bias, p, kind, constant)
     inner = (gdot.to(dx.dtype) * tangents).sum(0)
     gx, gp = dxx * inner, dxp * inner
     if g is not None:

@@ -161,7 +161,7 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     if not isinstance(weight, Tensor):
         raise TypeError(f"convolve: weight expected a tensor, got {describe(weight)}")
     shapes = ((channels, 3, 3), (channels, 1, 1))
-    if weight.dim() != 4 or weight.shape[1:] not in shapes or weight.dtype != dtype:
+    if weight.dim() != 4 or weight.shape[1:] not in shapes or weight.dtype != dtype or not len(weight):
         expected = f"(D, {channels}, 3, 3) or (D, {channels}, 1, 1), {dtype}".replace("torch.", "")
         fail("convolve", "weight", expected, weight)
     if weight.device != x.device:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bias_act import _jet
+from .bias_act import jet
 from .check import coefficients, fail, floating, like
 from .registry import Op, accumulate_dtype, gradient_wanted
 
@@ -36,7 +36,7 @@ def _unpack(parameters: Tensor, widths: Sequence[int]) -> tuple[list[Layer], Ten
 
 def _activations(u: Tensor, udot: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a hidden layer gives, and its tangents."""
-    value, dx, *_ = _jet(u, None, p, "swish", 1.0)
+    value, dx, *_ = jet(u, None, p, "swish", 1.0)
     tangents = dx * udot
     return (value, tangents) if q is None else _activations(value, tangents, q, None)
 
@@ -64,7 +64,7 @@ def _reference(
 
 def _bend(g: Tensor, gdot: Tensor, u: Tensor, udot: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The adjoint of a Swish: cotangents of `u` and its tangents, gradient of `p`."""
-    _, dx, dxx, dp, dxp = _jet(u, None, p, "swish", 1.0)
+    _, dx, dxx, dp, dxp = jet(u, None, p, "swish", 1.0)
     inner = (gdot * udot).sum(0)
     return dx * g + dxx * inner, dx * gdot, (dp * g + dxp * inner).sum(0)
 
