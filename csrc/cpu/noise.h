@@ -121,7 +121,7 @@ inline void fill_normals(const Philox& philox, int64_t first, float (&z)[kBatchN
 template <class F, class... T>
 inline void for_noisy_runs(const Philox& philox, int64_t begin, int64_t end, int64_t cols, F&& f, const T*... arrays) {
   alignas(64) float z[kBatchNormals];
-  const auto fetch = [](const auto* from) {
+  [[maybe_unused]] const auto fetch = [](const auto* from) {
     constexpr int64_t line = 64 / sizeof(*from);
     for (int64_t i = 0; i < kBatchNormals; i += line) __builtin_prefetch(from + i);
   };
