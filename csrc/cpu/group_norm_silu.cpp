@@ -1,4 +1,5 @@
-// Group normalisation with SiLU of channels-last images, and its tangents. The value alone, without slopes, is quicker.
+// Group normalisation with SiLU of channels-last images, and its tangents. The value alone takes no slopes and has the
+// same bits.
 #include "group_norm.h"
 
 namespace qcsbm::QCSBM_ISA {
@@ -22,11 +23,11 @@ void group_norm_silu(const T* x, const T* tangents, const acc_t<T>* bias, const 
     if (!probes)
       return task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
         task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
-          const V shift = load_lanes(task.offset + c), scale = load_lanes(task.gamma + c) * load_lanes(task.r + c),
+          const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), gamma_c = load_lanes(task.gamma + c),
                   beta_c = load_lanes(task.beta + c);
           for (int64_t row = 0; row < rows; ++row) {
             const int64_t i = (begin + row) * channels + c;
-            const V a = (load_lanes(xs + i, lanes) + shift) * scale + beta_c;
+            const V n = (load_lanes(xs + i, lanes) + shift) * r, a = gamma_c * n + beta_c;
             store_lanes(ys + i, silu ? a * reciprocal(1 + exponential(-a)) : a, lanes);
           }
         });
