@@ -184,13 +184,13 @@ class NinjaBuild(build_ext):
         if amx:
             amx_flags = [*common, *INSTRUCTION_SETS["avx512"], *AMX_FLAGS, "-fopenmp", "-DQCSBM_ISA=amx"]
             ops += [Edge("cxx", source, amx_flags) for source in sources("amx/*.cpp")]
-        headers = [Edge("cxx", folder / REGISTER_HEADER, [*torch_flags, "-x", "c++-header"])]
+        header = Edge("cxx", folder / REGISTER_HEADER, [*torch_flags, "-x", "c++-header"])
         torch_flags = [*torch_flags, "-include", REGISTER_HEADER]
         ops += [
-            Edge("cxx", source, torch_flags, header=headers[0].object) for source in sources("register/*.cpp")
+            Edge("cxx", source, torch_flags, header=header.object) for source in sources("register/*.cpp")
         ]
         host = Edge("cxx", ROOT / "csrc/host.cpp", [*common, *detect, "-O1", *python, f"-I{folder}"])
-        return {"": headers, "qcsbm_fast._ops": ops, "qcsbm_fast._host": [host]}
+        return {"": [header], "qcsbm_fast._ops": ops, "qcsbm_fast._host": [host]}
 
     def run_ninja(self, folder: Path, edges: dict[str, list[Edge]], cxx: str, nvcc: Path | None) -> None:
         lines = ["ninja_required_version = 1.5"]

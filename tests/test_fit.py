@@ -19,7 +19,9 @@ from qcsbm_fast.train.run import make_trainer, train
 from qcsbm_fast.train.trainer import Trainer
 from test_distributed import small
 
-linux = pytest.mark.skipif(memory.peak_memory(lambda: None) is None, reason="the system does not tell")
+linux = pytest.mark.skipif(
+    memory.peak_memory(lambda: None) is None, reason="the system does not tell its memory"
+)
 
 
 @linux

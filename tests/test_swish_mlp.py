@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
 
+from draws import Draw, swish_mlp
 from qcsbm_fast import dual, ops
 from qcsbm_fast.dual import Dual
 from qcsbm_fast.nn import ToyMLP
@@ -18,10 +17,7 @@ WIDTHS = [2, 64, 128, 256, 2]
 
 
 def parameters(widths: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    size = widths[-2] * (1 + widths[-1])
-    size += sum(out * (d + 2) for d, out in pairwise(widths[:-1]))
-    return (torch.randn(size, dtype=torch.float64, generator=generator) * 0.2).to(dtype)
+    return swish_mlp(0)(Draw(dtype), (1, *widths))[2]
 
 
 def toy(seed: int = 0, dtype: torch.dtype = torch.float64) -> ToyMLP:

@@ -27,8 +27,8 @@ void group_norm_silu(const T* x, const T* tangents, const acc_t<T>* bias, const 
                   beta_c = load_lanes(task.beta + c);
           for (int64_t row = 0; row < rows; ++row) {
             const int64_t i = (begin + row) * channels + c;
-            const V n = (load_lanes(xs + i, lanes) + shift) * r, a = gamma_c * n + beta_c;
-            store_lanes(ys + i, silu ? a * reciprocal(1 + exponential(-a)) : a, lanes);
+            const V n = (load_lanes(xs + i, lanes) + shift) * r;
+            store_lanes(ys + i, silu_jet(gamma_c * n + beta_c, silu).value, lanes);
           }
         });
       });

@@ -11,6 +11,7 @@ Computed in float32 (float64 for float64); deterministic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -25,11 +26,16 @@ from .registry import Op, accumulate_dtype, gradient_wanted
 Layer = tuple[Tensor, Tensor, Tensor]  # W, b, p
 
 
+def _shapes(widths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of the parameters, in their order."""
+    hidden = [shape for d, out in pairwise(widths[:-1]) for shape in ((out, d), (out,), (out,))]
+    return [*hidden, (widths[-2],), (widths[-1], widths[-2])]
+
+
 def _unpack(parameters: Tensor, widths: Sequence[int]) -> tuple[list[Layer], Tensor, Tensor]:
     """The hidden layers, `q` and `V`."""
-    shapes = [shape for d, out in pairwise(widths[:-1]) for shape in ((out, d), (out,), (out,))]
-    shapes += [(widths[-2],), (widths[-1], widths[-2])]
-    parts = parameters.split([torch.Size(shape).numel() for shape in shapes])
+    shapes = _shapes(widths)
+    parts = parameters.split([math.prod(shape) for shape in shapes])
     *hidden, q, head = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
     return list(zip(*(iter(hidden),) * 3, strict=True)), q, head
 
@@ -159,8 +165,7 @@ def _checked(x: Tensor, parameters: Tensor, widths: Sequence[int]) -> tuple[Tens
     x = floating("swish_mlp", "x", x)
     if x.dim() != 2 or x.shape[1] != widths[0]:
         fail("swish_mlp", "x", f"(B, {widths[0]})", x)
-    size = widths[-2] * (1 + widths[-1])
-    size += sum(out * (d + 2) for d, out in pairwise(widths[:-1]))
+    size = sum(math.prod(shape) for shape in _shapes(widths))
     return x, coefficients("swish_mlp", "parameters", parameters, (size,), x), widths
 
 

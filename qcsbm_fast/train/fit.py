@@ -17,9 +17,8 @@ from qcsbm_fast.train.errors import ConfigError
 from qcsbm_fast.train.trainer import Trainer
 
 _USABLE = 0.8  # of the memory that is free: the rest is for evaluation, fragmentation and others
-_TELLING = (
-    32 * 2**20
-)  # bytes by which steps must differ: a process's memory moves by some MiB of its own accord
+# Bytes by which steps must differ: a process's memory moves by some MiB of its own accord.
+_TELLING = 32 * 2**20
 
 
 def parts(
