@@ -219,22 +219,28 @@ def linear(x: V, weight: Tensor, bias: Tensor | None = None) -> V:
 def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> V:
     """Convolution of images `(B, C, H, W)`; the tangents are one batch of `K B` images, without the bias."""
     keeps_size = stride == 1 and weight.shape[2:] in ((1, 1), (3, 3)) and padding == weight.shape[2] // 2
+    if keeps_size:
+        x = autocast(x)
     if isinstance(x, Dual):
-        if keeps_size and ops.has_convolution(primal := _autocast(x.primal), weight):
-            return Dual(*ops.convolve_jvp(primal, _autocast(x.tangents), weight, bias))
+        if keeps_size and ops.has_convolution(x.primal, weight):
+            return Dual(*ops.convolve_jvp(x.primal, x.tangents, weight, bias))
         tangents = _convolve(x.tangents.flatten(0, 1), weight, None, stride, padding)
         return Dual(
             _convolve(x.primal, weight, bias, stride, padding), tangents.unflatten(0, x.tangents.shape[:2])
         )
-    if keeps_size and ops.has_convolution(images := _autocast(x), weight):
-        return ops.convolve(images, weight, bias)
+    if keeps_size and ops.has_convolution(x, weight):
+        return ops.convolve(x, weight, bias)
     return _convolve(x, weight, bias, stride, padding)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: V) -> V:
     """What autocast makes of images on the CPU, the one device whose convolution is an op of the package."""
-    on = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return x.to(torch.get_autocast_dtype("cpu")) if on else x
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return x
+    dtype = torch.get_autocast_dtype("cpu")
+    if isinstance(x, Dual):
+        return Dual(x.primal.to(dtype), x.tangents.to(dtype))
+    return x.to(dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:

@@ -6,13 +6,13 @@ A new op needs one entry in TABLE. `arguments(entry, variant, size, dtype)` give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from block_draws import attention_block, attention_block_public, res_block, res_block_public
 from draws import (
     Draw,
     Size,
@@ -25,80 +25,10 @@ from draws import (
     swish_mlp,
     swish_mlp_public,
 )
+from entry import BATCHES, BLOCKS, DTYPES, IMAGES, LENGTHS, MLPS, ROWS, Entry, allowance
 from qcsbm_fast import ops
 from qcsbm_fast.ops import backend
 from qcsbm_fast.ops.registry import OPS
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# Errors of long sums, as shares of the largest value: of float32 products in three parts, of plain loops in float64.
-SUMS = {torch.float32: 2.0**-15, torch.float64: 2.0**-44}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One op.
-
-    Its error may be twice that of the same-dtype reference, plus `ulps` x eps x the largest value.
-    """
-
-    variants: dict[str, Callable[[Draw, Size], tuple[Any, ...]]]
-    sizes: dict[str, Size]
-    public: Callable[..., Any] | None = None
-    """The public function over the op's arguments; None where the op is reached through a derivative only."""
-    differentiable: tuple[int, ...] = ()
-    """Positions of the arguments that have a gradient."""
-    order: int = 0
-    """How many derivatives exist; asking for the next raises."""
-    tangent_of: str | None = None
-    """For an op `(x, tangents, *rest) -> (y, ydot)`: the op `(x, *rest) -> y`."""
-    noise: bool = False
-    """Whether it draws normals, which agree to a few float32 ulp in any dtype."""
-    ulps: float = 4.0
-    cancels: bool = False
-    """Whether its results are differences of numbers near 1, and can be as wrong as these."""
-    sums: bool = False
-    """Whether it sums many products, those of float32 perhaps in three of bfloat16: see SUMS."""
-    bench: Size = ()
-
-
-# The odd size is what derivatives are checked on; the large one is shared between threads.
-BATCHES: dict[str, Size] = {
-    "empty": (0, 5),
-    "no-features": (3, 0),
-    "one": (1, 1),
-    "numbers": (37,),
-    "odd": (3, 5, 7),
-    "image": (2, 3, 8, 6),
-    "points": (1500, 2),
-    "large": (3, 67, 331),
-}
-ROWS: dict[str, Size] = {
-    "empty": (0, 5),
-    "no-channels": (3, 0),
-    "one": (1, 1),
-    "odd": (7, 13),
-    "image": (2, 3, 8, 6),
-    "wide": (5, 700),
-    "large": (300, 131),
-}
-IMAGES: dict[str, Size] = {
-    "empty": (0, 4, 3, 3),
-    "one": (1, 6, 1, 1),
-    "odd": (2, 6, 3, 5),
-    "image": (2, 8, 8, 6),
-    "wide": (2, 96, 5, 3),
-    "large": (3, 32, 33, 31),
-}
-MLPS: dict[str, Size] = {
-    "empty": (0, 2, 3, 2),
-    "one": (1, 1, 1, 1),
-    "odd": (5, 3, 7, 4, 2),
-    "plane": (77, 2, 64, 128, 256, 2),
-    "wide": (40, 33, 100, 17),
-    "large": (700, 2, 64, 32, 3),
-}
-LENGTHS: dict[str, Size] = {"empty": (0,), "one": (1,), "odd": (5, 27), "large": (7, 9001)}
-
 
 TABLE: dict[str, Entry] = {
     "philox_normal": Entry(
@@ -355,6 +285,62 @@ TABLE: dict[str, Entry] = {
         ulps=16,
         bench=(5000, 2, 64, 128, 256, 2),
     ),
+    "res_block": Entry(
+        {
+            "values": res_block(0),
+            "one-probe": res_block(1, 8),
+            "up": res_block(2, 8, "up"),
+            "down": res_block(1, None, "down"),
+        },
+        BLOCKS,
+        public=res_block_public,
+        differentiable=tuple(range(11)),
+        order=1,
+        ulps=32,
+        sums=True,
+        cancels=True,
+        chain=6,
+        bench=(16, 64, 32, 32),
+    ),
+    "res_block_vjp": Entry(
+        {
+            "values": res_block(0, grads=1),
+            "pull": res_block(2, 8, grads=1, weights=False),
+            "up": res_block(1, 8, "up", grads=2),
+            "down": res_block(3, None, "down", grads=2),
+        },
+        BLOCKS,
+        ulps=32,
+        sums=True,
+        cancels=True,
+        chain=6,
+        bench=(16, 64, 32, 32),
+    ),
+    "attention_block": Entry(
+        {"values": attention_block(0), "one-probe": attention_block(1), "probes": attention_block(3)},
+        BLOCKS,
+        public=attention_block_public,
+        differentiable=tuple(range(8)),
+        order=1,
+        ulps=32,
+        sums=True,
+        cancels=True,
+        chain=6,
+        bench=(16, 64, 16, 16),
+    ),
+    "attention_block_vjp": Entry(
+        {
+            "values": attention_block(0, grads=1),
+            "pull": attention_block(2, grads=1, weights=False),
+            "joint": attention_block(2, grads=2),
+        },
+        BLOCKS,
+        ulps=32,
+        sums=True,
+        cancels=True,
+        chain=6,
+        bench=(16, 64, 16, 16),
+    ),
 }
 
 
@@ -391,10 +377,9 @@ def assert_accurate(name: str, call: Sequence[Any], got: Sequence[Tensor]) -> No
     same, exact = outputs(reference(*call)), outputs(reference(*in_float64))
     for g, s, e in zip(got, same, exact, strict=True):
         assert (g.shape, g.dtype, g.is_contiguous()) == (s.shape, s.dtype, s.is_contiguous())
-        scale = max(float(e.abs().max()) if e.numel() else 0.0, float(entry.cancels))
-        allowed = entry.ulps * torch.finfo(g.dtype).eps * scale
-        allowed += SUMS.get(g.dtype, 0.0) * scale * entry.sums
-        allowed += 4 * torch.finfo(torch.float32).eps * max(scale, 1.0) * entry.noise
+        scale = float(e.abs().max()) if e.numel() else 0.0
+        images = next((a.dtype for a in call if is_float(a)), g.dtype)
+        allowed = allowance(entry, g.dtype, images, scale)
         assert error(g, e) <= 2 * error(s, e) + allowed
 
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import SUMS, TABLE, arguments, outputs
+from cases import TABLE, arguments, outputs
+from entry import allowance
 from qcsbm_fast import asymmetry
 from qcsbm_fast.divergence import divergence
 from qcsbm_fast.ops.registry import Op
@@ -115,13 +116,8 @@ def assert_agree(name: str, got: tuple[Any, ...], expected: tuple[Any, ...]) -> 
         bad, a, b = ~b.isfinite(), a.detach().double(), b.detach().double()
         assert torch.equal(~a.isfinite(), bad), f"{name}: other entries are not finite"
         a, b = (torch.where(bad, 0.0, value) for value in (a, b))
-        eps = torch.finfo(got[0].dtype).eps
-        sums = SUMS.get(got[0].dtype, 0.0) * TABLE[name].sums
-        noise = 4 * torch.finfo(torch.float32).eps if TABLE[name].noise else 0.0
-        scale = max(float(b.abs().max()), 1.0 if TABLE[name].noise else 0.0)
-        assert float((a - b).abs().max()) <= (16 * TABLE[name].ulps * eps + sums + noise) * scale + 1e-35, (
-            name
-        )
+        allowed = 16 * allowance(TABLE[name], got[0].dtype, got[0].dtype, float(b.abs().max()))
+        assert float((a - b).abs().max()) <= allowed + 1e-35, name
 
 
 def check(name: str, variant: str, size: str, dtype: torch.dtype, spoils: list[tuple[int, int]]) -> bool:

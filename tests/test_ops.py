@@ -16,7 +16,6 @@ from torch import Tensor
 from cases import (
     BATCHES,
     DTYPES,
-    SUMS,
     TABLE,
     arguments,
     assert_accurate,
@@ -25,6 +24,7 @@ from cases import (
     is_float,
     outputs,
 )
+from entry import allowance
 from qcsbm_fast import _host, ops
 from qcsbm_fast.ops import backend
 from qcsbm_fast.ops.registry import OPS
@@ -32,7 +32,6 @@ from qcsbm_fast.ops.registry import OPS
 VARIANTS = [(name, variant) for name, entry in TABLE.items() for variant in entry.variants]
 PUBLIC = [(name, variant) for name, variant in VARIANTS if TABLE[name].public]
 DIFFERENTIABLE = [(name, variant) for name, variant in VARIANTS if TABLE[name].order]
-FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 def odd(name: str, variant: str, dtype: torch.dtype = torch.float64) -> list[Any]:
@@ -273,14 +272,12 @@ def test_backends_and_instruction_sets_agree(settings: dict[str, str], tmp_path:
     assert {key.split()[0] for key in results} >= {"bias_act", "sde_step"}
     for key, other in results.items():
         name, variant, size, dtype = key.split()
-        call = arguments(
-            TABLE[name], variant, TABLE[name].sizes[size], getattr(torch, dtype.removeprefix("torch."))
-        )
+        images = getattr(torch, dtype.removeprefix("torch."))
+        call = arguments(TABLE[name], variant, TABLE[name].sizes[size], images)
         for a, b in zip(other, outputs(OPS[name](*call)), strict=True):
             scale = float(b.double().abs().max()) if b.numel() else 0.0
-            eps = FLOAT32_EPS if TABLE[name].noise and b.dtype == torch.float64 else torch.finfo(b.dtype).eps
-            allowed = 4 * TABLE[name].ulps * eps + SUMS.get(b.dtype, 0.0) * TABLE[name].sums
-            assert error(a, b.double()) <= allowed * max(scale, 1.0), key
+            allowed = 4 * allowance(TABLE[name], b.dtype, images, max(scale, 1.0))
+            assert error(a, b.double()) <= allowed, key
 
 
 def test_backend_names(monkeypatch: pytest.MonkeyPatch) -> None:

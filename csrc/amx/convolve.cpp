@@ -1,6 +1,8 @@
 // Convolution of channels-last images with a kernel of 3 x 3 taps or of one, and its adjoint; the formula stands in
 // qcsbm_fast/ops/convolve.py. A task makes the outputs of one band: left tiles are 16 consecutive pixels, right tiles
 // the weights of 16 output channels.
+#include "convolve.h"
+
 #include "tiles.h"
 
 namespace qcsbm::amx {
@@ -11,13 +13,15 @@ namespace {
 struct Weights {
   int64_t channels_out, channels_in, taps;
   bool transposed;
+  float factor;  // of every weight
   int64_t in, out, steps;  // channels as the product sees them, tiles along the inputs
 
-  Weights(int64_t channels_out, int64_t channels_in, int64_t taps, bool transposed)
-      : channels_out(channels_out),
-        channels_in(channels_in),
-        taps(taps),
+  Weights(const Convolution& shape, bool transposed, float factor)
+      : channels_out(shape.out),
+        channels_in(shape.in),
+        taps(shape.taps),
         transposed(transposed),
+        factor(factor),
         in(transposed ? channels_out : channels_in),
         out(transposed ? channels_in : channels_out),
         steps(blocks_of(in, 32)) {}
@@ -32,7 +36,7 @@ struct Weights {
     const auto load = [&](int64_t d, int64_t tap, int64_t c) {
       const bool inside = d < channels_out && c < channels_in;
       const float* const from = weight + (inside ? (d * taps + tap) * channels_in + c : 0);
-      return load_lanes(from, inside ? lanes_mask(channels_in - c) : __mmask16{0});
+      return load_lanes(from, inside ? lanes_mask(channels_in - c) : __mmask16{0}) * factor;
     };
     __m512i high[16], low[16];
     for (int64_t r = 0; r < 16; ++r) {
@@ -52,21 +56,32 @@ struct Weights {
   }
 };
 
-// Outputs of 16 * Rows positions and 16 * Cols channels; `bias` holds 16 * Cols values.
+// Outputs of 16 * Rows positions and 16 * Cols channels; `bias` holds 16 * Cols values; `residual` may be null.
 template <int Rows, int Cols, typename T>
 void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const Weights& weights, const float* bias,
-           const int32_t* targets, T* y, int64_t valid_channels) {
+           const int32_t* targets, const T* residual, float residual_scale, T* y, int64_t valid_channels) {
+  alignas(64) float sums[256];
   // every row of a sum starts with the bias
-  _tile_loadd(0, bias, 0);
-  if constexpr (Cols > 1) _tile_loadd(1, bias + 16, 0);
-  if constexpr (Rows > 1) _tile_loadd(2, bias, 0);
-  if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, bias + 16, 0);
+  const auto begin = [&](auto load, int row, int col) __attribute__((always_inline)) {
+    if (!residual) return load(bias + 16 * col, 0);
+    const int32_t* const from = targets + 16 * row;
+    const __mmask16 mask = lanes_mask(valid_channels - 16 * col);
+    const __m512 offset = _mm512_loadu_ps(bias + 16 * col);
+    for (int i = 0; i < 16; ++i) {
+      const __m512 v = load_lanes(residual + int64_t{std::max(from[i], 0)} * weights.out + 16 * col, mask);
+      _mm512_store_ps(sums + 16 * i, v * residual_scale + offset);
+    }
+    load(sums, 64);
+  };
+  begin([](const float* p, int64_t stride) { _tile_loadd(0, p, stride); }, 0, 0);
+  if constexpr (Cols > 1) begin([](const float* p, int64_t stride) { _tile_loadd(1, p, stride); }, 0, 1);
+  if constexpr (Rows > 1) begin([](const float* p, int64_t stride) { _tile_loadd(2, p, stride); }, 1, 0);
+  if constexpr (Rows > 1 && Cols > 1) begin([](const float* p, int64_t stride) { _tile_loadd(3, p, stride); }, 1, 1);
   for (int64_t tap = 0; tap < weights.taps; ++tap) {
     const Halves left = pixels + tap_shift(weights.taps, tap, width) * channels;
     for (int64_t c = 0; c < channels; c += 32, tiles = tiles + kTile)
       step<Rows, Cols, kSplit<T>>(left + c, 16 * channels, 2 * channels, tiles, weights.next(), 64);
   }
-  alignas(64) float sums[256];
   const auto write = [&](auto store, int row, int col) __attribute__((always_inline)) {
     const int32_t* const to = targets + 16 * row;
     const bool dense = to[0] >= 0 && to[15] == to[0] + 15 && valid_channels - 16 * col >= 16;
@@ -85,13 +100,12 @@ void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const W
 
 }  // namespace
 
-// Of images and, where there are some, of tangents, which have no bias.
 template <typename T>
-void convolve(const T* x, const T* tangents, const acc_t<T>* weight, const acc_t<T>* bias, T* y, T* y_tangents,
-              int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
-              int64_t channels_out, int64_t taps, bool transposed) {
+void convolve(const Convolution& shape, const T* x, const T* tangents, const acc_t<T>* weight, const acc_t<T>* bias,
+              T* y, T* y_tangents, bool transposed, acc_t<T> factor, Residual<T> residual) {
   static thread_local Scratch<uint16_t> tiles_scratch;
-  const Weights weights(channels_out, channels_in, taps, transposed);
+  const int64_t images = shape.images, tangent_images = shape.tangent_images, height = shape.height, cols = shape.width;
+  const Weights weights(shape, transposed, factor);
   const Halves tiles = halves<T>(tiles_scratch, weights.count() * kTile);
   const int64_t padded = round_up(weights.out, 32);
   Buffer<float> offsets(2 * padded);  // and zeros
@@ -120,6 +134,7 @@ void convolve(const T* x, const T* tangents, const acc_t<T>* weight, const acc_t
       const int64_t band = pushed ? task - primal.count : task;
       const T* const from = pushed ? tangents : x;
       T* const to = pushed ? y_tangents : y;
+      const T* const added = pushed ? residual.tangents : residual.images;
       bands.read_inputs(band, sources);
       bands.read_outputs(band, targets);
       for (int64_t p = 0; p < bands.inputs; ++p) {
@@ -133,17 +148,17 @@ void convolve(const T* x, const T* tangents, const acc_t<T>* weight, const acc_t
         const int64_t valid = weights.out - n;
         for (int64_t m = 0; m < bands.outputs; m += 32)
           for_block(m + 16 < bands.outputs, valid > 16, [&]<int Rows, int Cols>() {
-            block<Rows, Cols>(pixels + m * channels, channels, bands.width, right, weights, offset, targets + m, to + n,
-                              valid);
+            block<Rows, Cols>(pixels + m * channels, channels, bands.width, right, weights, offset, targets + m,
+                              added ? added + n : nullptr, residual.scale, to + n, valid);
           });
       }
     }
   }
 }
 
-#define QCSBM_INSTANTIATE(T)                                                                                         \
-  template void convolve<T>(const T*, const T*, const float*, const float*, T*, T*, int64_t, int64_t, int64_t, int64_t, \
-                            int64_t, int64_t, int64_t, bool);
+#define QCSBM_INSTANTIATE(T)                                                                                    \
+  template void convolve<T>(const Convolution&, const T*, const T*, const float*, const float*, T*, T*, bool, float, \
+                            Residual<T>);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(bfloat16)
 

@@ -1,6 +1,8 @@
 // The weight gradient of a convolution. Left tiles are the cotangents of 16 output channels at 32 consecutive
 // positions, right tiles pairs of pixels of 16 input channels; a tap is a shift of the pixels. Parts of the batch have
 // sums of their own, added in order: the result does not depend on the number of threads.
+#include "convolve.h"
+
 #include "tiles.h"
 
 namespace qcsbm::amx {
@@ -82,12 +84,12 @@ void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, fl
 
 }  // namespace
 
-// Of images with their cotangents and, where there are some, of tangents with theirs; `gbias` of the images alone.
 template <typename T>
-void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tangents, acc_t<T>* gw, acc_t<T>* gbias,
-                     int64_t images, int64_t tangent_images, int64_t height, int64_t cols, int64_t channels_in,
-                     int64_t channels_out, int64_t taps) {
+void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* tangents, const T* g_tangents,
+                     acc_t<T>* gw, acc_t<T>* gbias, acc_t<T> factor) {
   static thread_local Scratch<float> sums_scratch;
+  const int64_t images = shape.images, tangent_images = shape.tangent_images, height = shape.height, cols = shape.width;
+  const int64_t channels_in = shape.in, channels_out = shape.out, taps = shape.taps;
   const int64_t in = round_up(channels_in, 16), out = round_up(channels_out, 16);
   const int64_t padded = round_up(in, 32), in_tiles = in / 16;
   // As many pixels as the cache holds, but a band for each part of the batch.
@@ -156,21 +158,21 @@ void convolve_weight(const T* x, const T* g, const T* tangents, const T* g_tange
     for (int64_t n = 0; n < channels_out; ++n) {
       gbias[n] = 0;
       for (int64_t part = 0; part < parts; ++part) gbias[n] += totals[part * out + n];
+      gbias[n] *= factor;
       for (int64_t tap = 0; tap < taps; ++tap)
         for (int64_t c = 0; c < channels_in; c += 16) {
           const float* tile = sums + ((n / 16 * taps + tap) * in_tiles + c / 16) * 256 + n % 16 * 16;
           __m512 total = _mm512_loadu_ps(tile);
           for (int64_t part = 1; part < parts; ++part)
             total = _mm512_add_ps(total, _mm512_loadu_ps(tile + part * part_sums));
-          store_lanes(gw + (n * taps + tap) * channels_in + c, total, lanes_mask(channels_in - c));
+          store_lanes(gw + (n * taps + tap) * channels_in + c, total * factor, lanes_mask(channels_in - c));
         }
     }
   }
 }
 
-#define QCSBM_INSTANTIATE(T)                                                                                     \
-  template void convolve_weight<T>(const T*, const T*, const T*, const T*, float*, float*, int64_t, int64_t, int64_t,  \
-                                   int64_t, int64_t, int64_t, int64_t);
+#define QCSBM_INSTANTIATE(T)                                                                                      \
+  template void convolve_weight<T>(const Convolution&, const T*, const T*, const T*, const T*, float*, float*, float);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(bfloat16)
 

@@ -18,14 +18,16 @@ void sum_samples(const A* shares, A* out, int64_t batch, int64_t channels) {
 
 }  // namespace
 
-// The joint adjoint; g, the cotangent of the value, may be none. Two passes: sums, and, once the groups' means are known,
+// The joint adjoint; g, the cotangent of the value, may be none. Where there is a residual, cotangents that reach x and its
+// tangents another way, they are added `residual_scale` times. Two passes: sums, and, once the groups' means are known,
 // results. In between h and w_k lie in the places of gx and gt_k, or in scratch where those would round them.
 template <typename T>
 void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tangents, const acc_t<T>* bias,
                              const acc_t<T>* gamma, const acc_t<T>* beta, const acc_t<T>* statistics,
                              const acc_t<T>* tangent_statistics, T* gx, T* gt, acc_t<T>* gbias, acc_t<T>* ggamma,
                              acc_t<T>* gbeta, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
-                             int64_t probes, bool silu) {
+                             int64_t probes, bool silu, const T* residual, const T* residual_tangents,
+                             acc_t<T> residual_scale) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr bool kRounds = !std::is_same_v<T, A>;
@@ -127,6 +129,7 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
             task.r[c] * (h_sum[c] - static_cast<A>(pixels) * h_mean[c] - hn_mean[c] * n_sums[c]);
     });
     T* out = task.at(gx);
+    const T* const added = residual ? task.at(residual) : nullptr;
     task.for_blocks([&](int64_t begin, int64_t rows) QCSBM_LAMBDA {
       task.for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
         const V shift = load_lanes(task.offset + c), r = load_lanes(task.r + c), mean = load_lanes(h_mean + c),
@@ -139,6 +142,7 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
         }
         for (int64_t k = 0; k < probes; ++k) {
           const T* ts = task.at(tangents, k);
+          const T* const added_to_it = residual ? task.at(residual_tangents, k) : nullptr;
           const A* const ws = kept(1 + k);
           T* to = task.at(gt, k);
           const V nt_mean = load_lanes(of(k, 2) + c), w_mean = load_lanes(of(k, 4) + c),
@@ -147,11 +151,17 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
             const int64_t i = (begin + row) * channels + c;
             const V w = load_lanes(ws + (begin + row) * step + c, lanes);
             h[row] -= r * (nt_mean * w + nw_mean * load_lanes(ts + i, lanes));
-            store_lanes(to + i, r * (w - w_mean - n[row] * nw_mean), lanes);
+            V result = r * (w - w_mean - n[row] * nw_mean);
+            if (residual) result += residual_scale * load_lanes(added_to_it + i, lanes);
+            store_lanes(to + i, result, lanes);
           }
         }
-        for (int64_t row = 0; row < rows; ++row)
-          store_lanes(out + (begin + row) * channels + c, r * h[row], lanes);
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t i = (begin + row) * channels + c;
+          V result = r * h[row];
+          if (residual) result += residual_scale * load_lanes(added + i, lanes);
+          store_lanes(out + i, result, lanes);
+        }
       });
     });
   });
@@ -162,7 +172,8 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
 #define QCSBM_INSTANTIATE(T)                                                                                           \
   template void group_norm_silu_adjoint<T>(const T*, const T*, const T*, const T*, const acc_t<T>*, const acc_t<T>*,   \
                                            const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*,       \
-                                           acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t, bool);
+                                           acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, \
+                                           const T*, const T*, acc_t<T>);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(double)
 QCSBM_INSTANTIATE(bfloat16)

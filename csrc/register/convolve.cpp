@@ -1,6 +1,8 @@
 // Kernels of csrc/amx; elsewhere nothing is registered and torch's own convolution runs.
 #if defined(QCSBM_AMX)
 
+#include "../amx/convolve.h"
+
 #include <algorithm>
 
 #include "images.h"
@@ -8,17 +10,10 @@
 namespace qcsbm {
 namespace amx {
 
-template <typename T>
-void convolve(const T*, const T*, const acc_t<T>*, const acc_t<T>*, T*, T*, int64_t, int64_t, int64_t, int64_t, int64_t,
-              int64_t, int64_t, bool);
-template <typename T>
-void convolve_weight(const T*, const T*, const T*, const T*, acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t,
-                     int64_t, int64_t, int64_t);
-
-// float64, which the registers do not take and no network runs in, by plain loops: f(x, w, y) with the offset of every
-// input value, weight and output value that meet.
+// f(x, w, y) with the offset of every input value, weight and output value that meet.
 template <class F>
-void for_products(int64_t images, int64_t height, int64_t width, int64_t in, int64_t out, int64_t taps, F&& f) {
+void for_products(const Convolution& shape, int64_t images, F&& f) {
+  const auto [_, __, height, width, in, out, taps] = shape;
   for (int64_t row = 0; row < images * height; ++row)
     for (int64_t col = 0; col < width; ++col)
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -32,33 +27,33 @@ void for_products(int64_t images, int64_t height, int64_t width, int64_t in, int
 }
 
 template <>
-void convolve(const double* x, const double* tangents, const double* weight, const double* bias, double* y,
-              double* y_tangents, int64_t images, int64_t tangent_images, int64_t height, int64_t width, int64_t in,
-              int64_t out, int64_t taps, bool transposed) {
-  const int64_t channels = transposed ? in : out;
-  for (int64_t k = 0; k < images * height * width * channels; ++k) y[k] = bias ? bias[k % channels] : 0;
-  for (int64_t k = 0; k < tangent_images * height * width * channels; ++k) y_tangents[k] = 0;
-  const auto run = [&](const double* from, double* to, int64_t count) {
-    for_products(count, height, width, in, out, taps, [&](int64_t a, int64_t w, int64_t b) {
-      transposed ? to[a] += weight[w] * from[b] : to[b] += weight[w] * from[a];
+void convolve(const Convolution& shape, const double* x, const double* tangents, const double* weight,
+              const double* bias, double* y, double* y_tangents, bool transposed, double factor,
+              Residual<double> residual) {
+  const int64_t channels = transposed ? shape.in : shape.out, image = shape.height * shape.width * channels;
+  const auto run = [&](const double* from, const double* offset, const double* added, double* to, int64_t images) {
+    for (int64_t k = 0; k < images * image; ++k)
+      to[k] = (offset ? offset[k % channels] : 0) + (added ? residual.scale * added[k] : 0);
+    for_products(shape, images, [&](int64_t a, int64_t w, int64_t b) {
+      transposed ? to[a] += factor * weight[w] * from[b] : to[b] += factor * weight[w] * from[a];
     });
   };
-  run(x, y, images);
-  run(tangents, y_tangents, tangent_images);
+  run(x, bias, residual.images, y, shape.images);
+  run(tangents, nullptr, residual.tangents, y_tangents, shape.tangent_images);
 }
 
 template <>
-void convolve_weight(const double* x, const double* g, const double* tangents, const double* g_tangents, double* gw,
-                     double* gbias, int64_t images, int64_t tangent_images, int64_t height, int64_t width, int64_t in,
-                     int64_t out, int64_t taps) {
-  std::fill(gw, gw + out * taps * in, 0.0);
-  std::fill(gbias, gbias + out, 0.0);
-  const auto run = [&](const double* from, const double* to, int64_t count) {
-    for_products(count, height, width, in, out, taps, [&](int64_t a, int64_t w, int64_t b) { gw[w] += from[a] * to[b]; });
+void convolve_weight(const Convolution& shape, const double* x, const double* g, const double* tangents,
+                     const double* g_tangents, double* gw, double* gbias, double factor) {
+  std::fill(gw, gw + shape.out * shape.taps * shape.in, 0.0);
+  std::fill(gbias, gbias + shape.out, 0.0);
+  const auto run = [&](const double* from, const double* to, int64_t images) {
+    for_products(shape, images, [&](int64_t a, int64_t w, int64_t b) { gw[w] += factor * from[a] * to[b]; });
   };
-  run(x, g, images);
-  run(tangents, g_tangents, tangent_images);
-  for (int64_t k = 0; k < images * height * width * out; ++k) gbias[k % out] += g[k];
+  run(x, g, shape.images);
+  run(tangents, g_tangents, shape.tangent_images);
+  for (int64_t k = 0; k < shape.images * shape.height * shape.width * shape.out; ++k)
+    gbias[k % shape.out] += factor * g[k];
 }
 
 }  // namespace amx
@@ -85,15 +80,19 @@ Tensor checked_result(const Tensor& x, const Tensor& weight, const std::optional
   return empty_images(x, channels, x.size(d - 2), x.size(d - 1));
 }
 
+// Of images (*, C, H, W) and a weight (D, C, S, S).
+amx::Convolution convolution(const Tensor& x, int64_t tangent_images, int64_t in, int64_t out, int64_t size) {
+  const int64_t d = x.dim();
+  return {count_images(x), tangent_images, x.size(d - 2), x.size(d - 1), in, out, size * size};
+}
+
 Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed) {
   const Tensor y = checked_result(x, weight, bias, transposed, "convolve");
-  const int64_t d = x.dim();
   if (y.numel() > 0)
     for_type(x.scalar_type(), "convolve", [&]<typename T>() {
       using A = acc_t<T>;
-      amx::convolve<T>(in<T>(x), nullptr, in<A>(weight), in<A>(bias), out<T>(y), nullptr, count_images(x), 0,
-                       x.size(d - 2), x.size(d - 1), weight.size(1), weight.size(0),
-                       weight.size(2) * weight.size(3), transposed);
+      amx::convolve<T>(convolution(x, 0, weight.size(1), weight.size(0), weight.size(2)), in<T>(x), nullptr,
+                       in<A>(weight), in<A>(bias), out<T>(y), nullptr, transposed, 1, {});
     });
   return y;
 }
@@ -108,9 +107,8 @@ std::tuple<Tensor, Tensor> convolve_jvp(const Tensor& x, const Tensor& tangents,
   if (y.numel() > 0)
     for_type(x.scalar_type(), "convolve_jvp", [&]<typename T>() {
       using A = acc_t<T>;
-      amx::convolve<T>(in<T>(x), in<T>(tangents), in<A>(weight), in<A>(bias), out<T>(y), out<T>(y_tangents),
-                       count_images(x), count_images(tangents), x.size(d - 2), x.size(d - 1), weight.size(1),
-                       weight.size(0), weight.size(2) * weight.size(3), transposed);
+      amx::convolve<T>(convolution(x, count_images(tangents), weight.size(1), weight.size(0), weight.size(2)), in<T>(x),
+                       in<T>(tangents), in<A>(weight), in<A>(bias), out<T>(y), out<T>(y_tangents), transposed, 1, {});
     });
   return {y, y_tangents};
 }
@@ -141,9 +139,9 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
     torch::stable::zero_(gbias);
   } else {
     for_type(x.scalar_type(), "convolve_weight", [&]<typename T>() {
-      amx::convolve_weight<T>(in<T>(x), in<T>(g), in<T>(tangents), in<T>(g_tangents), out<acc_t<T>>(stored),
-                              out<acc_t<T>>(gbias), count_images(x), tangents ? count_images(*tangents) : 0,
-                              x.size(d - 2), x.size(d - 1), in_channels, channels, size * size);
+      amx::convolve_weight<T>(convolution(x, tangents ? count_images(*tangents) : 0, in_channels, channels, size),
+                              in<T>(x), in<T>(g), in<T>(tangents), in<T>(g_tangents), out<acc_t<T>>(stored),
+                              out<acc_t<T>>(gbias), 1);
     });
   }
   using torch::stable::transpose;

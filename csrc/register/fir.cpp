@@ -1,7 +1,5 @@
+#include "image_kernels.h"
 #include "images.h"
-
-QCSBM_KERNEL(template <typename T> void fir(const T*, const double*, T*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                            int64_t, int64_t, int64_t, int64_t, int64_t);)
 
 namespace qcsbm {
 namespace {

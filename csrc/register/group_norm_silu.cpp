@@ -1,13 +1,5 @@
+#include "image_kernels.h"
 #include "images.h"
-
-QCSBM_KERNEL(
-    template <typename T> void group_norm_silu(const T*, const T*, const acc_t<T>*, const acc_t<T>*, const acc_t<T>*, T*,
-                                               T*, acc_t<T>*, acc_t<T>*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                               double, bool);
-    template <typename T> void group_norm_silu_adjoint(const T*, const T*, const T*, const T*, const acc_t<T>*,
-                                                       const acc_t<T>*, const acc_t<T>*, const acc_t<T>*,
-                                                       const acc_t<T>*, T*, T*, acc_t<T>*, acc_t<T>*, acc_t<T>*,
-                                                       int64_t, int64_t, int64_t, int64_t, int64_t, bool);)
 
 namespace qcsbm {
 namespace {
@@ -79,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vjp(const Tensor& g, const Tensor& x,
     using A = acc_t<T>;
     QCSBM_RUN(group_norm_silu_adjoint, (T), in<T>(g), nullptr, in<T>(x), nullptr, in<A>(bias), in<A>(gamma),
               in<A>(beta), in<A>(statistics), nullptr, out<T>(gx), nullptr, bias ? out<A>(gbias) : nullptr,
-              out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups, 0, silu);
+              out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups, 0, silu, nullptr, nullptr, A{});
   });
   return {gx, gbias, ggamma, gbeta};
 }
@@ -104,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jvp_vjp(const std::optional<T
     QCSBM_RUN(group_norm_silu_adjoint, (T), in<T>(g), in<T>(gdot), in<T>(x), in<T>(tangents), in<A>(bias),
               in<A>(gamma), in<A>(beta), in<A>(statistics), in<A>(tangent_statistics), out<T>(gx), out<T>(gt),
               bias ? out<A>(gbias) : nullptr, out<A>(ggamma), out<A>(gbeta), s.batch, s.pixels, s.channels, groups,
-              probes, silu);
+              probes, silu, nullptr, nullptr, A{});
   });
   return {gx, gt, gbias, ggamma, gbeta};
 }

@@ -53,6 +53,11 @@ class Attention(nn.Module):
         self.scale = scale
 
     def forward(self, x: V) -> V:
+        weight, bias = self._projection()
+        out = self.out.weight[:, :, None, None]
+        x = dual.autocast(x)
+        if ops.has_convolution(x.primal if isinstance(x, Dual) else x, out):
+            return self._as_one_op(x, weight, bias, out)
         height, width = x.shape[-2:]
 
         def to_tokens(image: Tensor) -> Tensor:
@@ -61,16 +66,23 @@ class Attention(nn.Module):
         def to_image(tokens: Tensor) -> Tensor:
             return tokens.mT.unflatten(-1, (height, width))
 
-        h: Any = self._project(self.norm(x))
+        h: Any = dual.conv2d(self.norm(x), weight, bias)
         tokens: Any = h.map(to_tokens) if isinstance(h, Dual) else to_tokens(h)
         h = attend(*dual.chunk(tokens, 3))
         h = h.map(to_image) if isinstance(h, Dual) else to_image(h)
-        h = dual.conv2d(h, self.out.weight[:, :, None, None], self.out.bias)
+        h = dual.conv2d(h, out, self.out.bias)
         return add(x, h, self.scale)  # pyright: ignore[reportArgumentType]
 
-    def _project(self, image: V) -> V:
-        """Query, key and value `(B, 3 C, H, W)` by one product; the query with the scores' factor `1 / sqrt C`."""
+    def _as_one_op(self, x: Any, weight: Tensor, bias: Tensor, out: Tensor) -> Any:
+        """The same where the convolutions have kernels of the package."""
+        norm = self.norm
+        x, tangents = (x.primal, x.tangents) if isinstance(x, Dual) else (x, None)
+        parameters = (norm.gamma, norm.beta, weight, bias, out, self.out.bias)
+        y, y_tangents = ops.attention_block(x, tangents, *parameters, groups=norm.groups, scale=self.scale)
+        return y if tangents is None else Dual(y, y_tangents)
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        """Weight `(3 C, C, 1, 1)` and bias of query, key and value, the scores' factor `1 / sqrt C` included."""
         factor = 1 / math.sqrt(self.query.in_features)
         weight = torch.cat([self.query.weight * factor, self.key.weight, self.value.weight])
-        bias = torch.cat([self.query.bias * factor, self.key.bias, self.value.bias])
-        return dual.conv2d(image, weight[:, :, None, None], bias)
+        return weight[:, :, None, None], torch.cat([self.query.bias * factor, self.key.bias, self.value.bias])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .. import dual, ops
 from ..dual import Dual, V
 from .embedding import initialise
 from .image_layers import Conv, GroupNormSiLU, Resample, add
@@ -68,19 +71,46 @@ class ResBlock(nn.Module):
 
     def forward(self, x: V, embedding: Tensor | None) -> V:
         """`x` `(B, C, H, W)`, `embedding` `(B, E)` -> `(B, D, H', W')`."""
-        h = self.norm_in(x)
-        if self.resample is not None:
-            h = self.resample(h)
-        h = self.conv_in.with_bias(h, None)
         bias = self.conv_in.bias.expand(x.shape[0], -1)
         if self.embed is not None:
             assert embedding is not None
             bias = bias + self.embed(embedding)
+        if not (self.training and self.dropout.p):
+            x = dual.autocast(x)
+            if ops.has_convolution(x.primal if isinstance(x, Dual) else x, self.conv_in.weight):
+                return self._as_one_op(x, bias)
+        h = self.norm_in(x)
+        if self.resample is not None:
+            h = self.resample(h)
+        h = self.conv_in.with_bias(h, None)
         h = self.dropout(self.norm_out(h, bias))
         if self.shortcut is None:
             return add(x, self.conv_out(h), self.scale)
         h = self.conv_out.with_bias(h, self.conv_out.bias + self.shortcut.bias)
         return add(self._shortcut(self.shortcut, x), h, self.scale)
+
+    def _as_one_op(self, x: Any, bias: Tensor) -> Any:
+        """The same where the convolutions have kernels of the package."""
+        first, second, shortcut, f = self.norm_in, self.norm_out, self.shortcut, self.resample
+        bias_out = self.conv_out.bias if shortcut is None else self.conv_out.bias + shortcut.bias
+        x, tangents = (x.primal, x.tangents) if isinstance(x, Dual) else (x, None)
+        y, y_tangents = ops.res_block(
+            x,
+            tangents,
+            bias,
+            first.gamma,
+            first.beta,
+            self.conv_in.weight,
+            second.gamma,
+            second.beta,
+            self.conv_out.weight,
+            bias_out,
+            None if shortcut is None else shortcut.weight,
+            groups=(first.groups, second.groups),
+            scale=self.scale,
+            resample=((), 1, 1, 0) if f is None else (f.taps, f.up, f.down, f.pad[0]),
+        )
+        return y if tangents is None else Dual(y, y_tangents)
 
     def _shortcut(self, conv: Conv, x: V) -> V:
         """The 1 x 1 convolution commutes with resampling: it goes where the image is smaller."""

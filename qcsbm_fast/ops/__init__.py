@@ -1,6 +1,7 @@
 """The package's ops: checked public functions over `torch.ops.qcsbm`."""
 
 from .asymmetry import asymmetry
+from .attention_block import attention_block
 from .bias_act import bias_act, bias_act_jvp
 from .convolve import convolve, convolve_jvp, has_convolution
 from .denoising_residual import denoising_residual
@@ -9,6 +10,7 @@ from .group_norm_silu import group_norm_silu, group_norm_silu_jvp
 from .langevin_step import langevin_step
 from .perturb import perturb
 from .philox import philox_normal, philox_uniform, rademacher
+from .res_block import res_block
 from .scaled_add import scaled_add
 from .sde_step import sde_step
 from .softmax import softmax, softmax_jvp
@@ -17,6 +19,7 @@ from .swish_mlp import swish_mlp, swish_mlp_jvp
 
 __all__ = [
     "asymmetry",
+    "attention_block",
     "bias_act",
     "bias_act_jvp",
     "convolve",
@@ -31,6 +34,7 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "rademacher",
+    "res_block",
     "scaled_add",
     "sde_step",
     "softmax",

@@ -1,0 +1,106 @@
+// What the ops that are made of several kernels share: values with their tangents, and the kernels on both.
+#pragma once
+
+#include "../amx/convolve.h"
+#include "image_kernels.h"
+#include "images.h"
+
+namespace qcsbm {
+
+using Maybe = std::optional<Tensor>;
+
+// Values, and elsewhere their tangents; null where there are none.
+template <typename T>
+struct Pushed {
+  T *images, *tangents;
+  operator Pushed<const T>() const { return {images, tangents}; }
+};
+
+template <typename T>
+Pushed<const T> pushed(const Tensor& images, const Maybe& tangents) {
+  return {in<T>(images), in<T>(tangents)};
+}
+template <typename T>
+Pushed<T> pushed(const Tensor& images, const Tensor& tangents) {
+  return {out<T>(images), out<T>(tangents)};
+}
+
+// Memory for images and the tangents of `probes` probes, `size` numbers each, and its parts.
+inline Tensor new_pushed(const Tensor& like, int64_t probes, int64_t size) {
+  return torch::stable::new_empty(like, {(1 + probes) * size}, like.scalar_type());
+}
+template <typename T>
+Pushed<T> part_of(const Tensor& memory, int64_t size) {
+  return {out<T>(memory), out<T>(memory) + size};
+}
+
+// A weight's gradient, which is stored channels-last, as it is seen.
+inline Tensor channels_first(const Tensor& t) {
+  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
+}
+
+// `weight` must be (out, in, size, size), channels-last, in the accumulation type of `x`.
+inline void check_weight(const Tensor& weight, int64_t out, int64_t in, int64_t size, const Tensor& x, const char* op,
+                         const char* name) {
+  check_images(weight, op, name);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == out && weight.size(1) == in && weight.size(2) == size &&
+                      weight.size(3) == size && weight.scalar_type() == accumulate_type(x),
+                  op, ": ", name, " expected ", out, " x ", in, " x ", size, " x ", size, ", float32 or float64");
+}
+
+// Group normalisation of images of `pixels` pixels with the statistics that its adjoint takes.
+template <typename T>
+struct Norm {
+  using A = acc_t<T>;
+  int64_t batch, pixels, channels, groups, probes;
+  bool silu;
+  const A *bias, *gamma, *beta;
+  A *statistics, *tangent_statistics;
+
+  void push(Pushed<const T> x, Pushed<T> y, double eps) const {
+    QCSBM_RUN(group_norm_silu, (T), x.images, x.tangents, bias, gamma, beta, y.images, y.tangents, statistics,
+              tangent_statistics, batch, pixels, channels, groups, probes, eps, silu);
+  }
+  void pull(Pushed<const T> g, Pushed<const T> x, Pushed<T> gx, const Tensor* gbias, const Tensor& ggamma,
+            const Tensor& gbeta, amx::Residual<T> residual) const {
+    QCSBM_RUN(group_norm_silu_adjoint, (T), g.images, g.tangents, x.images, x.tangents, bias, gamma, beta, statistics,
+              tangent_statistics, gx.images, gx.tangents, gbias ? out<A>(*gbias) : nullptr, out<A>(ggamma), out<A>(gbeta),
+              batch, pixels, channels, groups, probes, silu, residual.images, residual.tangents, residual.scale);
+  }
+};
+
+// A convolution, `factor` times.
+template <typename T>
+struct Convolution {
+  using A = acc_t<T>;
+  amx::Convolution shape;
+  const Tensor& weight;
+  double factor;
+
+  void push(Pushed<const T> x, const A* bias, Pushed<T> y, amx::Residual<T> residual = {}) const {
+    amx::convolve<T>(shape, x.images, x.tangents, in<A>(weight), bias, y.images, y.tangents, false,
+                     static_cast<A>(factor), residual);
+  }
+  void pull(Pushed<const T> g, Pushed<T> gx) const {
+    amx::convolve<T>(shape, g.images, g.tangents, in<A>(weight), nullptr, gx.images, gx.tangents, true,
+                     static_cast<A>(factor), {});
+  }
+  void pull_weight(Pushed<const T> x, Pushed<const T> g, const Tensor& gweight, const Tensor& gbias) const {
+    amx::convolve_weight<T>(shape, x.images, g.images, x.tangents, g.tangents, out<A>(gweight), out<A>(gbias),
+                            static_cast<A>(factor));
+  }
+};
+
+// A bias times the factor of what it is added to.
+template <typename A>
+Tensor scaled(const Tensor& bias, double factor) {
+  const Tensor result = torch::stable::new_empty(bias, {bias.numel()});
+  for (int64_t i = 0; i < bias.numel(); ++i) out<A>(result)[i] = static_cast<A>(factor) * in<A>(bias)[i];
+  return result;
+}
+
+inline void zero(std::initializer_list<Tensor> tensors) {
+  for (Tensor t : tensors) torch::stable::zero_(t);
+}
+
+}  // namespace qcsbm
