@@ -216,11 +216,11 @@ void for_tasks(const Images& im, int64_t arrays, int64_t extra, F&& f) {
   const int64_t named = arrays * Task<T>::stride(im);
 #pragma omp parallel if (im.size() * (1 + im.probes) > kGrain)
   {
-    Buffer<acc_t<T>> scratch(named + extra);
+    Buffer<acc_t<T>> scratch(named), free(extra, Fill::none);
 #pragma omp for schedule(dynamic)
     for (int64_t index = 0; index < tasks; ++index) {
       Task<T> task(im, index, scratch.data());
-      f(task, scratch.data() + named);
+      f(task, free.data());
     }
   }
 }

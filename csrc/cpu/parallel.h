@@ -36,12 +36,15 @@ inline void for_runs(int64_t begin, int64_t end, int64_t cols, F&& f) {
   }
 }
 
-// An array of zeros, of numbers, that begins with a cache line. (std::vector's members may be compiled out of line, and
+enum class Fill { zeros, none };
+
+// An array of zeros, or of anything, of numbers, that begins with a cache line. (std::vector's members may be compiled out of line, and
 // then the linker keeps one copy for all instruction sets.)
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(new (std::align_val_t{64}) T[size]()) {}
+  explicit Buffer(int64_t size, Fill fill = Fill::zeros)
+      : data_(fill == Fill::zeros ? new (std::align_val_t{64}) T[size]() : new (std::align_val_t{64}) T[size]) {}
   ~Buffer() { ::operator delete[](data_, std::align_val_t{64}); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -17,7 +17,7 @@ from ..dual import Dual, V
 from .attention import Attention
 from .embedding import FourierFeatures, NoiseEmbedding, PositionalFeatures
 from .image_layers import Conv, ConvResample, GroupNormSiLU, Resample, add, channels_last
-from .res_block import ResBlock
+from .res_block import ResBlock, noise_biases
 
 # Settings of the authors' configurations that the network has in one form only.
 _FIXED = {
@@ -261,10 +261,15 @@ class NCSNpp(nn.Module):
         self.output = (
             None if c.progressive == "output_skip" else ToImage(channels, c.num_channels, c.init_scale)
         )
+        self._blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
 
     def forward(self, x: V, sigma: Tensor) -> V:
         c = self.config
-        embedding = None if self.embed is None else self.embed(self.features(sigma))
+        with torch.autocast(
+            sigma.device.type, enabled=False
+        ):  # little work, and less of it than casts would be
+            embedding = None if self.embed is None else self.embed(self.features(sigma))
+            biases = noise_biases(self._blocks, embedding, sigma.shape[0])
         x = channels_last(x)
         if not c.centered:
             x = x * 2.0 - 1.0
@@ -273,50 +278,50 @@ class NCSNpp(nn.Module):
         skips = [self.input(x)]
         for level in self.down:
             for index, block in enumerate(level.blocks):
-                h = self._run(block, skips[-1], embedding)
+                h = self._run(block, skips[-1], biases[block])
                 if level.attention:
                     h = self._run(level.attention[index], h)
                 skips.append(h)
             if level.resample is not None:
-                h = self._resample(level, skips[-1], embedding)
+                h = self._resample(level, skips[-1], biases)
                 h, pyramid = self._merge_input(level, h, pyramid)
                 skips.append(h)
 
         first, attention, second = self.middle
-        h = self._run(attention, self._run(first, skips[-1], embedding))
-        h = self._run(second, h, embedding)
+        h = self._run(attention, self._run(first, skips[-1], biases[first]))
+        h = self._run(second, h, biases[second])
 
         output: Any = None
         for level in self.up:
             for block in level.blocks:
-                h = self._run(block, dual.cat([h, skips.pop()], 1), embedding)
+                h = self._run(block, dual.cat([h, skips.pop()], 1), biases[block])
             for attention in level.attention:
                 h = self._run(attention, h)
             h, output = self._merge_output(level, h, output)
             if level.resample is not None:
-                h = self._resample(level, h, embedding)
+                h = self._resample(level, h, biases)
         if self.output is not None:
             output = self.output(h)
         return output if c.scale_by_sigma else output * sigma[:, None, None, None].to(output.dtype)
 
-    def _resample(self, level: Level, h: V, embedding: Tensor | None) -> V:
+    def _resample(self, level: Level, h: V, biases: Mapping[nn.Module, Tensor]) -> V:
         if isinstance(level.resample, ResBlock):
-            return self._run(level.resample, h, embedding)
+            return self._run(level.resample, h, biases[level.resample])
         return level.resample(h)
 
-    def _run(self, part: nn.Module, x: Any, *embedding: Tensor | None) -> Any:
-        """`part(x, *embedding)`, with `checkpoint_activations` to be run again in the backward pass."""
+    def _run(self, part: nn.Module, x: Any, *bias: Tensor) -> Any:
+        """`part(x, *bias)`, with `checkpoint_activations` to be run again in the backward pass."""
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
-            return part(x, *embedding)
+            return part(x, *bias)
         again = partial(
             checkpoint, use_reentrant=False, preserve_rng_state=self.training and self.config.dropout > 0
         )
         if not isinstance(x, Dual):
-            return again(part, x, *embedding)
+            return again(part, x, *bias)
 
         # of tensors: checkpointing looks for the device among its arguments
         def push(primal: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-            pushed = part(Dual(primal, tangents), *embedding)
+            pushed = part(Dual(primal, tangents), *bias)
             return pushed.primal, pushed.tangents
 
         return Dual(*again(push, x.primal, x.tangents))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import dual, ops
 from ..dual import Dual, V
@@ -30,9 +32,9 @@ class Dropout(nn.Module):
 class ResBlock(nn.Module):
     """`scale (shortcut(x) + conv(dropout(act(conv(resample(act(x))) + e))))`, `act` normalising first.
 
-    The embedding `e` of the noise level is one bias per sample and channel. Biases move to where they cost
-    nothing: the first convolution's into that sum, which the normalisation takes as an argument, the
-        shortcut's into the second's.
+    The embedding `e` of the noise level is one bias per sample and channel, see `noise_biases`. Biases move to where
+    they cost nothing: the first convolution's into that sum, which the normalisation takes as an argument, the
+    shortcut's into the second's.
 
     Args:
         in_channels, out_channels: of the images; the shortcut is a 1 x 1 convolution if they differ or the
@@ -69,12 +71,8 @@ class ResBlock(nn.Module):
             self.shortcut = Conv(in_channels, out_channels, size=1, init_scale=shortcut_init_scale)
         self.scale = scale
 
-    def forward(self, x: V, embedding: Tensor | None) -> V:
-        """`x` `(B, C, H, W)`, `embedding` `(B, E)` -> `(B, D, H', W')`."""
-        bias = self.conv_in.bias.expand(x.shape[0], -1)
-        if self.embed is not None:
-            assert embedding is not None
-            bias = bias + self.embed(embedding)
+    def forward(self, x: V, bias: Tensor) -> V:
+        """`x` `(B, C, H, W)`, the first convolution's bias and the noise level's `(B, D)` -> `(B, D, H', W')`."""
         if not (self.training and self.dropout.p):
             x = dual.autocast(x)
             if ops.has_convolution(x.primal if isinstance(x, Dual) else x, self.conv_in.weight):
@@ -119,3 +117,19 @@ class ResBlock(nn.Module):
         if self.resample.up > 1:
             return self.resample(conv.with_bias(x, None))
         return conv.with_bias(self.resample(x), None)
+
+
+def noise_biases(blocks: Sequence[ResBlock], embedding: Tensor | None, batch: int) -> dict[nn.Module, Tensor]:
+    """The bias `(B, D)` of each block: its first convolution's, and what it makes of the embedding `(B, E)`.
+
+    One product for all blocks.
+    """
+    biases: list[Tensor] = [block.conv_in.bias for block in blocks]
+    if embedding is None:
+        parts = [bias.expand(batch, -1) for bias in biases]
+    else:
+        layers = [block.embed for block in blocks if block.embed is not None]
+        weights, offsets = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        weight, bias = torch.cat(weights), torch.cat(offsets) + torch.cat(biases)
+        parts = F.linear(embedding, weight, bias).split([len(bias) for bias in biases], 1)
+    return dict(zip(blocks, parts, strict=True))

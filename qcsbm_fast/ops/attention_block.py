@@ -149,8 +149,8 @@ def _backward(ctx: Any, g: Tensor | None, g_tangents: Tensor | None, *kept: Tens
     if g is None and gdot is None:
         return (None,) * 11
     g = to_channels_last(torch.zeros_like(x) if g is None else g)
-    offset = int(tangents is None)  # arguments that are None are not counted
-    weights = any(ctx.needs_input_grad[i] and gradient_wanted(ctx, i - offset) for i in range(2, 8))
+    first = 1 if tangents is None else 2
+    weights = gradient_wanted(ctx, *range(first, first + 6))
     gx, gt, *found = _vjp(g, gdot, x, tangents, *rest, ctx.groups, ctx.scale, weights)
     gt = gt if gdot is not None and ctx.needs_input_grad[1] else None
     return gx, gt, *(found if weights else [None] * 6), None, None, None

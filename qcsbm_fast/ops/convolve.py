@@ -72,7 +72,7 @@ def _weight_gradients(
 
 def _wanted(ctx: Any, weight: int) -> bool:
     """Whether the gradient of argument `weight` or of the next, the bias, is; they come together."""
-    return any(ctx.needs_input_grad[i] and gradient_wanted(ctx, i) for i in (weight, weight + 1))
+    return gradient_wanted(ctx, *(i for i in (weight, weight + 1) if ctx.needs_input_grad[i]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -101,12 +101,16 @@ class Op:
             return self.overload(*args)
 
 
-def gradient_wanted(ctx: Any, tensor: int) -> bool:
-    """Whether the backward pass under way uses the gradient of input `tensor`, counted among the tensors.
+def gradient_wanted(ctx: Any, *tensors: int) -> bool:
+    """Whether the backward pass under way uses the gradient of any of these inputs, counted among the tensors.
 
     `ctx.needs_input_grad` only tells whether it could: `torch.autograd.grad(score, x)` needs no weight's gradient.
     """
-    node = ctx.next_functions[tensor][0]
+    nodes = ctx.next_functions
+    return any(_will_run(nodes[tensor][0]) for tensor in tensors)
+
+
+def _will_run(node: Any) -> bool:
     if node is None:
         return False
     try:

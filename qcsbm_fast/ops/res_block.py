@@ -217,7 +217,6 @@ _vjp = Op(
     f"({', '.join(['Tensor'] * 11)})",
     _reference_vjp,
 )
-_WEIGHTS = range(2, 11)  # the arguments whose gradients come together
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -236,12 +235,8 @@ def _backward(ctx: Any, g: Tensor | None, g_tangents: Tensor | None, *kept: Tens
     if g is None and gdot is None:
         return (None,) * 19
     g = to_channels_last(x.new_zeros(ctx.shape) if g is None else g)
-    offset = int(tangents is None)  # arguments that are None are not counted
-    weights = any(
-        ctx.needs_input_grad[i] and gradient_wanted(ctx, i - offset)
-        for i in _WEIGHTS
-        if i < 10 or rest[7] is not None
-    )
+    first = 1 if tangents is None else 2
+    weights = gradient_wanted(ctx, *range(first, first + 8 + (rest[7] is not None)))
     gx, gt, *found = _vjp(g, gdot, x, tangents, *rest, *ctx.numbers, weights)
     gt = gt if gdot is not None and ctx.needs_input_grad[1] else None
     found = found if weights else [None] * len(found)

@@ -147,8 +147,8 @@ def _backward(ctx: Any, g: Tensor | None, g_tangents: Tensor | None, *kept: Tens
     if g is None and gdot is None:
         return (None,) * 4
     g = x.new_zeros(x.shape[0], ctx.widths[-1]) if g is None else g.contiguous()
-    inputs = any(ctx.needs_input_grad[i] and gradient_wanted(ctx, i) for i in (0, 1))
-    weights = ctx.needs_input_grad[2] and gradient_wanted(ctx, 1 if tangents is None else 2)
+    *arguments, last = range(2 if tangents is None else 3)
+    inputs, weights = gradient_wanted(ctx, *arguments), gradient_wanted(ctx, last)
     kept = (x, tangents, pre, pre_tangents, parameters)
     gx, gtangents, gparameters = _vjp(g, gdot, *kept, ctx.widths, inputs, weights)
     along = inputs and gdot is not None and ctx.needs_input_grad[1]
