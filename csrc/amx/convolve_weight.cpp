@@ -8,8 +8,9 @@
 namespace qcsbm::amx {
 namespace {
 
-constexpr int64_t kParts = 8;       // of the batch, or fewer, at least 2,
-constexpr int64_t kSums = 300000;  // so that all their sums are about so many
+constexpr int64_t kParts = 8;              // of the batch, or fewer, at least 2,
+constexpr int64_t kSums = 300000;          // so that all their sums are about so many
+constexpr int64_t kPartPositions = 1024;  // and each has so many to sum
 template <typename T>
 constexpr int64_t kPositions = kSplit<T> ? 128 : 256;  // handled at once
 
@@ -65,15 +66,22 @@ void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last
     }
 }
 
-// Adds to 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `sums_next` apart by rows, the products over
-// `positions`.
+// Sets 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `sums_next` apart by rows, to the products over `positions`, or
+// adds these to them.
 template <int Rows, int Cols, bool Split>
-void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, float* sums, int64_t sums_next) {
+void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, float* sums, int64_t sums_next, bool add) {
   float* const below = sums + sums_next;
-  _tile_loadd(0, sums, 64);
-  if constexpr (Cols > 1) _tile_loadd(1, sums + 256, 64);
-  if constexpr (Rows > 1) _tile_loadd(2, below, 64);
-  if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, below + 256, 64);
+  if (add) {
+    _tile_loadd(0, sums, 64);
+    if constexpr (Cols > 1) _tile_loadd(1, sums + 256, 64);
+    if constexpr (Rows > 1) _tile_loadd(2, below, 64);
+    if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, below + 256, 64);
+  } else {
+    _tile_zero(0);
+    if constexpr (Cols > 1) _tile_zero(1);
+    if constexpr (Rows > 1) _tile_zero(2);
+    if constexpr (Rows > 1 && Cols > 1) _tile_zero(3);
+  }
   for (int64_t p = 0; p < positions; p += 32)
     step<Rows, Cols, Split>(left + p * 16, 16 * stride, 64, right + p * 32, 32, 128);
   _tile_stored(0, sums, 64);
@@ -101,11 +109,12 @@ void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* 
   const int64_t count = primal.count + tangent.count;
   const int64_t pairs = inputs / 2, stride = round_up(outputs, 32);
   const int64_t part_sums = out * taps * in;
-  const int64_t parts = std::min(std::clamp<int64_t>(kSums / part_sums, 2, kParts), count);
+  const int64_t wanted = std::min({kSums / part_sums, blocks_of(pixels, kPartPositions), kParts});
+  const int64_t parts = std::min(std::max<int64_t>(wanted, 2), count);
   float* const sums = sums_scratch.get(parts * part_sums);
   Buffer<float> totals(2 * parts * out);  // sums of the cotangents: each part's, then what its tangents would add
   // A part's output channels are shared among threads too: they meet nowhere.
-  const int64_t shares = std::clamp<int64_t>(blocks_of(2 * omp_get_max_threads(), parts), 1, blocks_of(out, 32));
+  const int64_t shares = std::clamp<int64_t>(blocks_of(omp_get_max_threads(), parts), 1, blocks_of(out, 32));
   const int64_t share_channels = round_up(blocks_of(out, shares), 32);
 #pragma omp parallel if ((images + tangent_images) * height * cols * in > kGrain)
   {
@@ -117,7 +126,7 @@ void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* 
     int32_t* const targets = target_scratch.get(outputs);
     Tiles registers;
     // The sums of 32 x 32 channels over one band, a few positions at a time, which stay in the first-level cache.
-    const auto add_band = [&]<int Rows, int Cols>(const Bands& bands, Halves l, Halves r, float* tiles) {
+    const auto add_band = [&]<int Rows, int Cols>(const Bands& bands, Halves l, Halves r, float* tiles, bool first) {
       for (int64_t p = 0; p < bands.outputs; p += kPositions<T>)
         for (int64_t odd = 0; odd < 2; ++odd)
           for (int64_t tap = 0; tap < taps; ++tap) {
@@ -125,7 +134,7 @@ void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* 
             if (shift % 2 == odd)
               accumulate<Rows, Cols, kSplit<T>>(l + p * 16, stride, r + (odd * pairs * padded * 2 + (p + shift) / 2 * 64),
                                                 std::min(bands.outputs - p, kPositions<T>),
-                                                tiles + tap * in_tiles * 256, taps * in_tiles * 256);
+                                                tiles + tap * in_tiles * 256, taps * in_tiles * 256, !first || p > 0);
           }
     };
 #pragma omp for schedule(dynamic)
@@ -135,8 +144,8 @@ void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* 
       if (first >= last) continue;
       // (out / 16, taps, in / 16) tiles of 16 x 16
       float* const part_sum = sums + part * part_sums + first * taps * in;
-      memset(part_sum, 0, (last - first) * taps * in * sizeof(float));
-      for (int64_t index = part * count / parts; index < (part + 1) * count / parts; ++index) {
+      const int64_t first_band = part * count / parts;
+      for (int64_t index = first_band; index < (part + 1) * count / parts; ++index) {
         const bool pushed = index >= primal.count;
         const Bands& bands = pushed ? tangent : primal;
         const int64_t band = pushed ? index - primal.count : index;
@@ -150,7 +159,9 @@ void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* 
             const Halves l = left + n * stride, r = right + c * pairs * 2;
             float* const tiles = part_sum + (n / 16 * taps * in_tiles + c / 16) * 256;
             for_block(n + 16 < last - first, c + 16 < in,
-                      [&]<int Rows, int Cols>() { add_band.template operator()<Rows, Cols>(bands, l, r, tiles); });
+                      [&]<int Rows, int Cols>() {
+                        add_band.template operator()<Rows, Cols>(bands, l, r, tiles, index == first_band);
+                      });
           }
       }
     }

@@ -113,5 +113,5 @@ def _evaluation(path: Path, settings: Settings) -> dict[str, Any]:
         found = None
     last = checkpoint.steps(RunFolder(path).checkpoints)[-1]
     if found is None or found["step"] != last or found["settings"] != dataclasses.asdict(settings):
-        found = evaluate_run(RunFolder(path), settings)
+        found = evaluate_run(RunFolder(path), settings, progress=True)
     return found
