@@ -19,7 +19,7 @@ if not has_nvcc():
 
 FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (*DTYPES, torch.float16)}
 # Convolutions are cuDNN's, the layers of a plain network cuBLAS's.
-CPU_OPS = ("convolve", "swish_mlp")
+CPU_OPS = ("attention_block", "convolve", "res_block", "swish_mlp")
 CUDA_OPS = [name for name, op in OPS.items() if not op.triton and not name.startswith(CPU_OPS)]
 # How a kernel of 2-byte elements that are read eight at a time is mangled.
 WIDE = {"bfloat16": ("NS_8bfloat16E", "Li8E"), "float16": ("NS_7float16E", "Li8E")}

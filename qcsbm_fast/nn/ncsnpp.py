@@ -265,11 +265,7 @@ class NCSNpp(nn.Module):
 
     def forward(self, x: V, sigma: Tensor) -> V:
         c = self.config
-        with torch.autocast(
-            sigma.device.type, enabled=False
-        ):  # little work, and less of it than casts would be
-            embedding = None if self.embed is None else self.embed(self.features(sigma))
-            biases = noise_biases(self._blocks, embedding, sigma.shape[0])
+        biases = self._noise_biases(sigma)
         x = channels_last(x)
         if not c.centered:
             x = x * 2.0 - 1.0
@@ -303,6 +299,12 @@ class NCSNpp(nn.Module):
         if self.output is not None:
             output = self.output(h)
         return output if c.scale_by_sigma else output * sigma[:, None, None, None].to(output.dtype)
+
+    def _noise_biases(self, sigma: Tensor) -> dict[nn.Module, Tensor]:
+        """Of all blocks; on the CPU without autocast, whose casts would be more work than this is."""
+        with torch.autocast("cpu", enabled=False):
+            embedding = None if self.embed is None else self.embed(self.features(sigma))
+            return noise_biases(self._blocks, embedding, sigma.shape[0])
 
     def _resample(self, level: Level, h: V, biases: Mapping[nn.Module, Tensor]) -> V:
         if isinstance(level.resample, ResBlock):
