@@ -66,8 +66,8 @@ void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last
     }
 }
 
-// Sets 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `sums_next` apart by rows, to the products over `positions`, or
-// adds these to them.
+// Sets 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `sums_next` apart by rows, to the products over
+// `positions`, or adds these to them.
 template <int Rows, int Cols, bool Split>
 void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, float* sums, int64_t sums_next, bool add) {
   float* const below = sums + sums_next;

@@ -18,9 +18,9 @@ void sum_samples(const A* shares, A* out, int64_t batch, int64_t channels) {
 
 }  // namespace
 
-// The joint adjoint; g, the cotangent of the value, may be none. Where there is a residual, cotangents that reach x and its
-// tangents another way, they are added `residual_scale` times. Two passes: sums, and, once the groups' means are known,
-// results. In between h and w_k lie in the places of gx and gt_k, or in scratch where those would round them.
+// The joint adjoint; g, the cotangent of the value, may be none. A residual, cotangents that reach x and its tangents
+// another way, is added `residual_scale` times. Two passes: sums, and, once the groups' means are known, results.
+// In between h and w_k lie in the places of gx and gt_k, or in scratch where those would round them.
 template <typename T>
 void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tangents, const acc_t<T>* bias,
                              const acc_t<T>* gamma, const acc_t<T>* beta, const acc_t<T>* statistics,

@@ -38,8 +38,8 @@ inline void for_runs(int64_t begin, int64_t end, int64_t cols, F&& f) {
 
 enum class Fill { zeros, none };
 
-// An array of zeros, or of anything, of numbers, that begins with a cache line. (std::vector's members may be compiled out of line, and
-// then the linker keeps one copy for all instruction sets.)
+// An array of numbers, zeros or anything, that begins with a cache line. (std::vector's members may be compiled out of
+// line, and then the linker keeps one copy for all instruction sets.)
 template <typename T>
 class Buffer {
  public:

@@ -22,7 +22,7 @@ struct Block {
   bool halves() const { return resamples() && filter.down > 1; }
   int64_t outer(int64_t channels) const { return batch * height * width * channels; }
   int64_t inner(int64_t channels) const { return batch * rows * cols * channels; }
-  // What the adjoint reads again, each with its tangents: the convolutions' inputs h, k and r, and u before the second norm.
+  // What the adjoint reads again, each with its tangents: the convolutions' inputs h, k, r, and u before the second norm.
   int64_t kept() const { return (1 + probes) * (inner(channels) * (halves() ? 2 : 1) + 2 * inner(out)); }
   int64_t statistics() const { return 2 * (1 + probes) * batch * (groups_in + groups_out); }
   // Inside the block or outside.
