@@ -221,16 +221,29 @@ def conv2d(x: V, weight: Tensor, bias: Tensor | None = None, stride: int = 1, pa
     keeps_size = stride == 1 and weight.shape[2:] in ((1, 1), (3, 3)) and padding == weight.shape[2] // 2
     if keeps_size:
         x = autocast(x)
+    fused = keeps_size and has_convolution(x, weight)
     if isinstance(x, Dual):
-        if keeps_size and ops.has_convolution(x.primal, weight):
+        if fused:
             return Dual(*ops.convolve_jvp(x.primal, x.tangents, weight, bias))
         tangents = _convolve(x.tangents.flatten(0, 1), weight, None, stride, padding)
         return Dual(
             _convolve(x.primal, weight, bias, stride, padding), tangents.unflatten(0, x.tangents.shape[:2])
         )
-    if keeps_size and ops.has_convolution(x, weight):
+    if fused:
         return ops.convolve(x, weight, bias)
     return _convolve(x, weight, bias, stride, padding)
+
+
+def has_convolution(x: Value, weight: Tensor) -> bool:
+    """`ops.has_convolution` of the images, or of a dual's."""
+    return ops.has_convolution(x.primal if isinstance(x, Dual) else x, weight)
+
+
+def through(op: Callable[..., tuple[Tensor, Tensor]], x: V, *arguments: Any, **options: Any) -> V:
+    """`op(x, tangents, ...)`, a value and its tangents, for a dual, or for a tensor, which has none."""
+    if isinstance(x, Dual):
+        return Dual(*op(x.primal, x.tangents, *arguments, **options))
+    return op(x, None, *arguments, **options)[0]
 
 
 def autocast(x: V) -> V:

@@ -41,25 +41,16 @@ class Workspace {
     next_ += values * (Split ? 2 : 1);
     return piece;
   }
-  float* floats(int64_t values) { return reinterpret_cast<float*>(raw(2 * values)); }
-  uint16_t* raw(int64_t values) {
+  float* floats(int64_t values) {
     uint16_t* const piece = next_;
-    next_ += round_up(values, 32);
-    return piece;
+    next_ += round_up(2 * values, 32);
+    return reinterpret_cast<float*>(piece);
   }
   explicit Workspace(uint16_t* memory) : next_(memory) {}
 
  private:
   uint16_t* next_;
 };
-
-// `rows` rows of `count` values, `stride` apart, as a matrix.
-template <typename T>
-void read_rows(const T* from, int64_t rows, int64_t count, int64_t stride, const Matrix& to) {
-  for (int64_t i = 0; i < to.rows; ++i)
-    if (i < rows) split_row(from + i * stride, count, to.cols, to.at + i * to.cols);
-    else zero_row(to.cols, to.at + i * to.cols);
-}
 
 // Tiles from 32 rows and 16 columns of `m`: pairs of rows for each column, in the order of the rows (a right factor), or
 // of the columns (`transposed`: a left factor of the transpose). Tiles (columns / 16, rows / 32).
@@ -114,25 +105,12 @@ template <bool Split>
 void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, float* sums, bool add) {
   for (int64_t m = 0; m < rows; m += 32)
     for (int64_t n = 0; n < cols; n += 32) {
-      float *const first = sums + m * cols + n, *const second = first + 16 * cols;
-      if (add) {
-        _tile_loadd(0, first, 4 * cols);
-        _tile_loadd(1, first + 16, 4 * cols);
-        _tile_loadd(2, second, 4 * cols);
-        _tile_loadd(3, second + 16, 4 * cols);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+      float* const at = sums + m * cols + n;
+      begin_sums<2, 2>(at, 16, 16 * cols, 4 * cols, add);
       for (int64_t k = 0; k < right.steps; ++k)
         step<2, 2, Split>(left.at + (m / 16 * left.next + k * left.step), left.next, left.stride,
                           right.at + (n / 16 * right.steps + k) * kTile, right.steps * kTile, 64);
-      _tile_stored(0, first, 4 * cols);
-      _tile_stored(1, first + 16, 4 * cols);
-      _tile_stored(2, second, 4 * cols);
-      _tile_stored(3, second + 16, 4 * cols);
+      store_sums<2, 2>(at, 16, 16 * cols, 4 * cols);
     }
 }
 
@@ -164,17 +142,6 @@ inline void softmax_row(float* row, int64_t count, int64_t padded) {
     _mm512_store_ps(row + j, j < round_up(count, 16) ? row_at(row, j) * share : __m512{});
 }
 
-// 16 values as bfloat16 halves at `to`.
-template <bool Split>
-inline void store_halves(Halves to, __m512 v) {
-  const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
-  _mm256_store_si256((__m256i*)to.high, high);
-  if constexpr (Split) {
-    const __m512 rest = v - _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    _mm256_store_si256((__m256i*)to.low, (__m256i)_mm512_cvtneps_pbh(rest));
-  }
-}
-
 // One sample's query, key and value or their cotangents: rows of 3 C values.
 template <typename T>
 struct Sample {
@@ -188,12 +155,14 @@ struct Sample {
         channels(round_up(shape.channels, 32)),
         rows(std::min(kQueries, tokens)) {}
 
-  Matrix read(const T* qkv, int64_t part, Workspace<S>& space) const {
-    return read_rows_of(qkv + part * shape.channels, 3 * shape.channels, space);
-  }
-  Matrix read_rows_of(const T* from, int64_t stride, Workspace<S>& space) const {
+  // Part `part` of rows of `width` values as a matrix.
+  Matrix read(const T* from, int64_t part, int64_t width, Workspace<S>& space) const {
     const Matrix m = space.matrix(tokens, channels);
-    read_rows(from, shape.tokens, shape.channels, stride, m);
+    for (int64_t i = 0; i < tokens; ++i) {
+      const Halves row = m.at + i * channels;
+      if (i < shape.tokens) split_row(from + i * width + part * shape.channels, shape.channels, channels, row);
+      else zero_row(channels, row);
+    }
     return m;
   }
   void write(const float* sums, int64_t first, int64_t rows, T* to, int64_t stride) const {
@@ -202,9 +171,10 @@ struct Sample {
         store_lanes(to + i * stride + c, _mm512_loadu_ps(sums + (i - first) * channels + c), mask);
       });
   }
+  // The rows, of `width` values, of a sample's images for k = 0, of its k-th tangents after that.
   template <typename P>
-  P* at(P* images, int64_t sample, int64_t probe, int64_t width) const {
-    return images + (probe * shape.batch + sample) * shape.tokens * width;
+  P* at(P* images, P* tangents, int64_t sample, int64_t k, int64_t width) const {
+    return (k ? tangents + (k - 1) * shape.batch * shape.tokens * width : images) + sample * shape.tokens * width;
   }
   // Values that a task needs at most, in units of 16 bits.
   int64_t memory(int64_t matrices, int64_t blocks, int64_t sums) const {
@@ -212,6 +182,18 @@ struct Sample {
     return matrices * halves * tokens * channels + blocks * rows * tokens * halves + sums * 2 + 64 * 64;
   }
 };
+
+// z and z'_k for `count` queries from `first` on.
+template <bool Split>
+void scores(const Buffer<Matrix>& query, const Buffer<Right>& key, int64_t probes, int64_t first, int64_t count,
+            int64_t tokens, Buffer<float*>& z) {
+  const Left q = rows_of(query[0].from(first, count));
+  multiply<Split>(q, key[0], count, tokens, z[0], false);
+  for (int64_t k = 1; k <= probes; ++k) {
+    multiply<Split>(rows_of(query[k].from(first, count)), key[0], count, tokens, z[k], false);
+    multiply<Split>(q, key[k], count, tokens, z[k], true);
+  }
+}
 
 // Calls f(first, count) for blocks of queries.
 template <class F>
@@ -240,21 +222,16 @@ void attend(const Attention& shape, const T* qkv, const T* qkv_tangents, T* y, T
     for (int64_t b = 0; b < shape.batch; ++b) {
       Workspace<S> space(mine);
       for (int64_t k = 0; k <= probes; ++k) {
-        const T* const from = k ? sample.at(qkv_tangents, b, k - 1, width) : sample.at(qkv, b, 0, width);
-        query[k] = sample.read(from, 0, space);
-        key[k] = right_of_transpose(sample.read(from, 1, space), space);
-        value[k] = right_of(sample.read(from, 2, space), space);
+        const T* const from = sample.at(qkv, qkv_tangents, b, k, width);
+        query[k] = sample.read(from, 0, width, space);
+        key[k] = right_of_transpose(sample.read(from, 1, width, space), space);
+        value[k] = right_of(sample.read(from, 2, width, space), space);
         p[k] = space.matrix(rows, tokens);
         z[k] = space.floats(block);
       }
       float* const sums = space.floats(rows * channels);
       for_queries(tokens, [&](int64_t first, int64_t count) {
-        const Left q = rows_of(query[0].from(first, count));
-        multiply<S>(q, key[0], count, tokens, z[0], false);
-        for (int64_t k = 1; k <= probes; ++k) {
-          multiply<S>(rows_of(query[k].from(first, count)), key[0], count, tokens, z[k], false);
-          multiply<S>(q, key[k], count, tokens, z[k], true);
-        }
+        scores<S>(query, key, probes, first, count, tokens, z);
         for (int64_t i = 0; i < count; ++i) {
           float* const row = z[0] + i * tokens;
           softmax_row(row, shape.tokens, tokens);
@@ -268,11 +245,11 @@ void attend(const Attention& shape, const T* qkv, const T* qkv_tangents, T* y, T
         }
         const Left held = rows_of(p[0].from(0, count));
         multiply<S>(held, value[0], count, channels, sums, false);
-        sample.write(sums, first, count, sample.at(y, b, 0, shape.channels), shape.channels);
+        sample.write(sums, first, count, sample.at(y, y_tangents, b, 0, shape.channels), shape.channels);
         for (int64_t k = 1; k <= probes; ++k) {
           multiply<S>(rows_of(p[k].from(0, count)), value[0], count, channels, sums, false);
           multiply<S>(held, value[k], count, channels, sums, true);
-          sample.write(sums, first, count, sample.at(y_tangents, b, k - 1, shape.channels), shape.channels);
+          sample.write(sums, first, count, sample.at(y, y_tangents, b, k, shape.channels), shape.channels);
         }
       });
     }
@@ -292,24 +269,22 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
   {
     static thread_local Scratch<uint16_t> scratch;
     uint16_t* const mine = scratch.get(memory);
-    // of values and tangents: p and its cotangent, both factors of z and y, sums of the gradients of key and value
+    // of values and tangents: factors of z and y, p and the cotangents of z, sums of the gradients of key and value
     Buffer<Matrix> query(1 + probes), above(1 + probes), p(1 + probes), gz(1 + probes);
     Buffer<Right> key(1 + probes), keys(1 + probes), value(1 + probes), query_rows(1 + probes), above_rows(1 + probes);
     Buffer<float*> z(1 + probes), gp(1 + probes), gkey(1 + probes), gvalue(1 + probes);
-    Buffer<float> means(2 * (1 + probes));
     Tiles registers;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < shape.batch; ++b) {
       Workspace<S> space(mine);
       for (int64_t k = 0; k <= probes; ++k) {
-        const T* const from = k ? sample.at(qkv_tangents, b, k - 1, width) : sample.at(qkv, b, 0, width);
-        const T* const over = k ? sample.at(g_tangents, b, k - 1, shape.channels) : sample.at(g, b, 0, shape.channels);
-        query[k] = sample.read(from, 0, space);
-        const Matrix key_rows = sample.read(from, 1, space);
+        const T* const from = sample.at(qkv, qkv_tangents, b, k, width);
+        query[k] = sample.read(from, 0, width, space);
+        const Matrix key_rows = sample.read(from, 1, width, space);
         key[k] = right_of_transpose(key_rows, space);
         keys[k] = right_of(key_rows, space);
-        value[k] = right_of_transpose(sample.read(from, 2, space), space);
-        above[k] = sample.read_rows_of(over, shape.channels, space);
+        value[k] = right_of_transpose(sample.read(from, 2, width, space), space);
+        above[k] = sample.read(sample.at(g, g_tangents, b, k, shape.channels), 0, shape.channels, space);
         p[k] = space.matrix(rows, tokens);
         gz[k] = space.matrix(rows, tokens);
         z[k] = space.floats(block);
@@ -322,13 +297,10 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
       const Halves turned = space.take(block);
       float* const sums = space.floats(rows * channels);
       for_queries(tokens, [&](int64_t first, int64_t count) {
-        const Left q = rows_of(query[0].from(first, count)), g0 = rows_of(above[0].from(first, count));
-        multiply<S>(q, key[0], count, tokens, z[0], false);
-        multiply<S>(g0, value[0], count, tokens, gp[0], false);
+        scores<S>(query, key, probes, first, count, tokens, z);
+        multiply<S>(rows_of(above[0].from(first, count)), value[0], count, tokens, gp[0], false);
         for (int64_t k = 1; k <= probes; ++k) {
           const Left gk = rows_of(above[k].from(first, count));
-          multiply<S>(rows_of(query[k].from(first, count)), key[0], count, tokens, z[k], false);
-          multiply<S>(q, key[k], count, tokens, z[k], true);
           multiply<S>(gk, value[0], count, tokens, gp[k], false);
           multiply<S>(gk, value[k], count, tokens, gp[0], true);
         }
@@ -362,10 +334,10 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
         multiply<S>(rows_of(gz[0].from(0, count)), keys[0], count, channels, sums, false);
         for (int64_t k = 1; k <= probes; ++k)
           multiply<S>(rows_of(gz[k].from(0, count)), keys[k], count, channels, sums, true);
-        sample.write(sums, first, count, sample.at(gqkv, b, 0, width), width);
+        sample.write(sums, first, count, sample.at(gqkv, gqkv_tangents, b, 0, width), width);
         for (int64_t k = 1; k <= probes; ++k) {
           multiply<S>(rows_of(gz[k].from(0, count)), keys[0], count, channels, sums, false);
-          sample.write(sums, first, count, sample.at(gqkv_tangents, b, k - 1, width), width);
+          sample.write(sums, first, count, sample.at(gqkv, gqkv_tangents, b, k, width), width);
         }
         // the key's gz^T q + sum gz'_k^T q'_k, and gz'_k^T q; the value's likewise, of p and the cotangents
         const auto gather = [&](const Buffer<Matrix>& left, const Buffer<Right>& right, Buffer<float*>& to, bool held) {
@@ -381,7 +353,7 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
         gather(p, above_rows, gvalue, true);
       });
       for (int64_t k = 0; k <= probes; ++k) {
-        T* const to = k ? sample.at(gqkv_tangents, b, k - 1, width) : sample.at(gqkv, b, 0, width);
+        T* const to = sample.at(gqkv, gqkv_tangents, b, k, width);
         sample.write(gkey[k], 0, tokens, to + shape.channels, width);
         sample.write(gvalue[k], 0, tokens, to + 2 * shape.channels, width);
       }

@@ -66,28 +66,14 @@ void transpose_outputs(const T* g, int64_t channels, int64_t first, int64_t last
     }
 }
 
-// Sets 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `sums_next` apart by rows, to the products over
-// `positions`, or adds these to them.
+// Sets 2 x 2 tiles of sums (fewer where Rows or Cols is 1), `below` apart by rows, to the products over `positions`, or
+// adds these to them.
 template <int Rows, int Cols, bool Split>
-void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, float* sums, int64_t sums_next, bool add) {
-  float* const below = sums + sums_next;
-  if (add) {
-    _tile_loadd(0, sums, 64);
-    if constexpr (Cols > 1) _tile_loadd(1, sums + 256, 64);
-    if constexpr (Rows > 1) _tile_loadd(2, below, 64);
-    if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, below + 256, 64);
-  } else {
-    _tile_zero(0);
-    if constexpr (Cols > 1) _tile_zero(1);
-    if constexpr (Rows > 1) _tile_zero(2);
-    if constexpr (Rows > 1 && Cols > 1) _tile_zero(3);
-  }
+void accumulate(Halves left, int64_t stride, Halves right, int64_t positions, float* sums, int64_t below, bool add) {
+  begin_sums<Rows, Cols>(sums, 256, below, 64, add);
   for (int64_t p = 0; p < positions; p += 32)
     step<Rows, Cols, Split>(left + p * 16, 16 * stride, 64, right + p * 32, 32, 128);
-  _tile_stored(0, sums, 64);
-  if constexpr (Cols > 1) _tile_stored(1, sums + 256, 64);
-  if constexpr (Rows > 1) _tile_stored(2, below, 64);
-  if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, below + 256, 64);
+  store_sums<Rows, Cols>(sums, 256, below, 64);
 }
 
 }  // namespace

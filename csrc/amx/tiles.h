@@ -149,17 +149,24 @@ inline void store_tile(__m512i (&high)[16], __m512i (&low)[16], bool transposed,
   }
 }
 
+// 16 values as bfloat16 halves at `to`.
+template <bool Split>
+inline void store_halves(Halves to, __m512 v) {
+  const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
+  _mm256_store_si256((__m256i*)to.high, high);
+  if constexpr (Split) {
+    const __m512 rest = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+    _mm256_store_si256((__m256i*)to.low, (__m256i)_mm512_cvtneps_pbh(rest));
+  }
+}
+
 // A row of `count` values, zeros after it up to `padded`, a multiple of 32.
 template <typename T>
 inline void split_row(const T* from, int64_t count, int64_t padded, Halves to) {
   for (int64_t i = 0; i < padded; i += 16) {
     const __mmask16 mask = i < count ? lanes_mask(count - i) : 0;
     if constexpr (kSplit<T>) {
-      const __m512 v = load_lanes(from + (mask ? i : 0), mask);
-      const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
-      const __m512 rest = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
-      _mm256_store_si256((__m256i*)(to.high + i), high);
-      _mm256_store_si256((__m256i*)(to.low + i), (__m256i)_mm512_cvtneps_pbh(rest));
+      store_halves<true>(to + i, load_lanes(from + (mask ? i : 0), mask));
     } else {
       _mm256_store_si256((__m256i*)(to.high + i), _mm256_maskz_loadu_epi16(mask, from + (mask ? i : 0)));
     }
@@ -264,6 +271,31 @@ inline __attribute__((always_inline)) void step(Halves left, int64_t left_next, 
   } else {
     product(left.high, right.high);
   }
+}
+
+// 2 x 2 tiles of sums (fewer where Rows or Cols is 1) in memory: `right` and `below` values to the next ones, `stride`
+// bytes from row to row. Before the steps they are taken from there, or zero.
+template <int Rows, int Cols>
+inline __attribute__((always_inline)) void begin_sums(const float* sums, int64_t right, int64_t below, int64_t stride,
+                                                      bool add) {
+  if (add) {
+    _tile_loadd(0, sums, stride);
+    if constexpr (Cols > 1) _tile_loadd(1, sums + right, stride);
+    if constexpr (Rows > 1) _tile_loadd(2, sums + below, stride);
+    if constexpr (Rows > 1 && Cols > 1) _tile_loadd(3, sums + below + right, stride);
+  } else {
+    _tile_zero(0);
+    if constexpr (Cols > 1) _tile_zero(1);
+    if constexpr (Rows > 1) _tile_zero(2);
+    if constexpr (Rows > 1 && Cols > 1) _tile_zero(3);
+  }
+}
+template <int Rows, int Cols>
+inline __attribute__((always_inline)) void store_sums(float* sums, int64_t right, int64_t below, int64_t stride) {
+  _tile_stored(0, sums, stride);
+  if constexpr (Cols > 1) _tile_stored(1, sums + right, stride);
+  if constexpr (Rows > 1) _tile_stored(2, sums + below, stride);
+  if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, sums + below + right, stride);
 }
 
 // Calls run<Rows, Cols>() for a block of two rows of tiles or one, and two columns or one.

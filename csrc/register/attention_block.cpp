@@ -181,11 +181,10 @@ struct Parts {
         conv_in{b.shape(3 * b.channels, probes), weight, 1},
         conv_out{b.shape(b.channels, probes), weight_out, scale},
         attention{b.batch, probes, b.pixels(), b.channels} {
-    T* const at = out<T>(kept);
-    const int64_t all = (1 + b.probes) * b.size();
-    h = {at, at + b.size()};
-    qkv = {at + all, at + all + 3 * b.size()};
-    o = {at + 4 * all, at + 4 * all + b.size()};
+    T* at = out<T>(kept);
+    h = next_part(at, b.probes, b.size());
+    qkv = next_part(at, b.probes, 3 * b.size());
+    o = next_part(at, b.probes, b.size());
   }
 };
 
@@ -198,8 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe&
   check_vector(bias, 3 * b.channels, x, op, "bias");
   check_vector(bias_out, b.channels, x, op, "bias_out");
   const Tensor y = empty_images(x);
-  const Tensor y_tangents = tangents ? empty_images(*tangents)
-                                     : torch::stable::new_empty(x, {0, b.batch, b.channels, b.height, b.width});
+  const Tensor y_tangents = new_tangents(tangents, x, b.channels, b.height, b.width);
   const Tensor kept = torch::stable::new_empty(x, {b.kept()});
   const Tensor statistics = torch::stable::new_empty(x, {b.statistics()}, accumulate_type(x));
   if (y.numel() == 0) {
@@ -228,19 +226,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vjp(
   const Block b = checked(op, x, tangents, gamma, beta, weight, weight_out, groups);
   const int64_t probes = g_tangents ? b.probes : 0;  // without cotangents the tangents have no part in it
   check_images_like(g, x, op, "g");
-  if (g_tangents) {
-    check_images_like(*g_tangents, x, op, "g_tangents", 1);
-    STD_TORCH_CHECK(g_tangents->size(0) == probes, op, ": g_tangents expected those of the tangents");
-  }
-  check_layout(kept, op, "kept");
-  STD_TORCH_CHECK(kept.numel() == b.kept() && kept.scalar_type() == x.scalar_type(), op, ": kept expected ", b.kept(),
-                  " numbers of the dtype of x");
-  check_vector(statistics, b.statistics(), x, op, "statistics");
+  check_kept(g, g_tangents, probes, kept, b.kept(), statistics, b.statistics(), op);
 
   using torch::stable::new_empty;
   const auto vector = [&](int64_t size) { return new_vector(x, size); };
   const Tensor gx = empty_images(x);
-  const Tensor gt = probes ? empty_images(*tangents) : new_empty(x, {0, b.batch, b.channels, b.height, b.width});
+  const Tensor gt = new_tangents(probes ? tangents : Maybe{}, x, b.channels, b.height, b.width);
   const Tensor ggamma = vector(b.channels), gbeta = vector(b.channels);
   const Tensor gbias = vector(weights ? 3 * b.channels : 0), gbias_out = vector(weights ? b.channels : 0);
   const auto gradient = [&](int64_t out) {

@@ -34,9 +34,31 @@ Pushed<T> part_of(const Tensor& memory, int64_t size) {
   return {out<T>(memory), out<T>(memory) + size};
 }
 
-// A weight's gradient, which is stored channels-last, as it is seen.
-inline Tensor channels_first(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
+// The next part of what a block keeps for its adjoint, and behind it its tangents; `at` moves on.
+template <typename T>
+Pushed<T> next_part(T*& at, int64_t probes, int64_t size) {
+  T* const first = at;
+  at += (1 + probes) * size;
+  return {first, first + size};
+}
+
+// Images like `tangents`, of other sizes; no images where there are none.
+inline Tensor new_tangents(const Maybe& tangents, const Tensor& x, int64_t channels, int64_t rows, int64_t cols) {
+  if (tangents) return empty_images(*tangents, channels, rows, cols);
+  return torch::stable::new_empty(x, {0, x.size(0), channels, rows, cols});
+}
+
+// What the adjoint is given beside `g`: the cotangents of `probes` tangents, if any, and what the forward pass kept.
+inline void check_kept(const Tensor& g, const Maybe& g_tangents, int64_t probes, const Tensor& kept, int64_t size,
+                       const Tensor& statistics, int64_t statistics_size, const char* op) {
+  if (g_tangents) {
+    check_images_like(*g_tangents, g, op, "g_tangents", 1);
+    STD_TORCH_CHECK(g_tangents->size(0) == probes, op, ": g_tangents expected those of the tangents");
+  }
+  check_layout(kept, op, "kept");
+  STD_TORCH_CHECK(kept.numel() == size && kept.scalar_type() == g.scalar_type(), op, ": kept expected ", size,
+                  " numbers of the dtype of x");
+  check_vector(statistics, statistics_size, g, op, "statistics");
 }
 
 // `weight` must be (out, in, size, size), channels-last, in the accumulation type of `x`.

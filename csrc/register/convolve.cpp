@@ -144,8 +144,7 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
                               out<acc_t<T>>(gbias), 1);
     });
   }
-  using torch::stable::transpose;
-  return {transpose(transpose(stored, 2, 3), 1, 2), gbias};
+  return {channels_first(stored), gbias};
 }
 
 }  // namespace

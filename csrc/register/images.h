@@ -41,6 +41,11 @@ inline void check_images_like(const Tensor& t, const Tensor& reference, const ch
 // Channels-last with the shape of `like`.
 inline Tensor empty_images(const Tensor& like) { return torch::stable::empty_like(like); }
 
+// Weights (D, S, S, C), as they are stored, as they are seen: (D, C, S, S).
+inline Tensor channels_first(const Tensor& t) {
+  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
+}
+
 // How many images (C, H, W) there are in (*, C, H, W).
 inline int64_t count_images(const Tensor& t) {
   int64_t images = 1;

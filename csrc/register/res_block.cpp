@@ -91,15 +91,10 @@ struct Parts {
     norm_in.tangent_statistics = norm_out.statistics + 2 * b.batch * b.groups_out;
     norm_out.tangent_statistics = norm_in.tangent_statistics + 2 * b.probes * b.batch * b.groups_in;
     T* at = out<T>(kept);
-    const auto next = [&](int64_t size) {
-      const Pushed<T> part{at, at + size};
-      at += (1 + b.probes) * size;
-      return part;
-    };
-    h = next(b.inner(b.channels));
-    u = next(b.inner(b.out));
-    k = next(b.inner(b.out));
-    r = next(b.halves() ? b.inner(b.channels) : 0);
+    h = next_part(at, b.probes, b.inner(b.channels));
+    u = next_part(at, b.probes, b.inner(b.out));
+    k = next_part(at, b.probes, b.inner(b.out));
+    r = next_part(at, b.probes, b.halves() ? b.inner(b.channels) : 0);
   }
 
   // Through the filter to the block's size inside, or its adjoint.
@@ -133,8 +128,7 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& bias, const
   const Block b = checked(op, x, tangents, p, groups_in, groups_out, scale, {std::move(taps), up, down, pad});
   check_vector(bias_out, b.out, x, op, "bias_out");
   const Tensor y = empty_images(x, b.out, b.rows, b.cols);
-  const Tensor y_tangents = tangents ? empty_images(*tangents, b.out, b.rows, b.cols)
-                                     : torch::stable::new_empty(x, {0, b.batch, b.out, b.rows, b.cols});
+  const Tensor y_tangents = new_tangents(tangents, x, b.out, b.rows, b.cols);
   const Tensor kept = torch::stable::new_empty(x, {b.kept()});
   const Tensor statistics = torch::stable::new_empty(x, {b.statistics()}, accumulate_type(x));
   if (y.numel() == 0) {
@@ -191,14 +185,7 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
   STD_TORCH_CHECK(g.dim() == 4 && g.size(0) == b.batch && g.size(1) == b.out && g.size(2) == b.rows &&
                       g.size(3) == b.cols && g.scalar_type() == x.scalar_type(),
                   op, ": g expected ", b.batch, " x ", b.out, " x ", b.rows, " x ", b.cols, " of the dtype of x");
-  if (g_tangents) {
-    check_images_like(*g_tangents, g, op, "g_tangents", 1);
-    STD_TORCH_CHECK(g_tangents->size(0) == probes, op, ": g_tangents expected those of the tangents");
-  }
-  check_layout(kept, op, "kept");
-  STD_TORCH_CHECK(kept.numel() == b.kept() && kept.scalar_type() == x.scalar_type(), op, ": kept expected ", b.kept(),
-                  " numbers of the dtype of x");
-  check_vector(statistics, b.statistics(), x, op, "statistics");
+  check_kept(g, g_tangents, probes, kept, b.kept(), statistics, b.statistics(), op);
 
   using torch::stable::new_empty;
   const auto vector = [&](int64_t size) { return new_vector(x, size); };
@@ -207,7 +194,7 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
   };
   const bool projects = shortcut.has_value();
   const Tensor gx = empty_images(x);
-  const Tensor gt = probes ? empty_images(*tangents) : new_empty(x, {0, b.batch, b.channels, b.height, b.width});
+  const Tensor gt = new_tangents(probes ? tangents : Maybe{}, x, b.channels, b.height, b.width);
   const Tensor gbias = new_empty(x, {b.batch, b.out}, accumulate_type(x)), gbias_out = vector(weights ? b.out : 0);
   const Tensor ggamma_in = vector(b.channels), gbeta_in = vector(b.channels), ggamma_out = vector(b.out),
                gbeta_out = vector(b.out);

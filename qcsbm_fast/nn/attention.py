@@ -56,7 +56,7 @@ class Attention(nn.Module):
         weight, bias = self._projection()
         out = self.out.weight[:, :, None, None]
         x = dual.autocast(x)
-        if ops.has_convolution(x.primal if isinstance(x, Dual) else x, out):
+        if dual.has_convolution(x, out):
             return self._as_one_op(x, weight, bias, out)
         height, width = x.shape[-2:]
 
@@ -76,10 +76,8 @@ class Attention(nn.Module):
     def _as_one_op(self, x: Any, weight: Tensor, bias: Tensor, out: Tensor) -> Any:
         """The same where the convolutions have kernels of the package."""
         norm = self.norm
-        x, tangents = (x.primal, x.tangents) if isinstance(x, Dual) else (x, None)
         parameters = (norm.gamma, norm.beta, weight, bias, out, self.out.bias)
-        y, y_tangents = ops.attention_block(x, tangents, *parameters, groups=norm.groups, scale=self.scale)
-        return y if tangents is None else Dual(y, y_tangents)
+        return dual.through(ops.attention_block, x, *parameters, groups=norm.groups, scale=self.scale)
 
     def _projection(self) -> tuple[Tensor, Tensor]:
         """Weight `(3 C, C, 1, 1)` and bias of query, key and value, the scores' factor `1 / sqrt C` included."""

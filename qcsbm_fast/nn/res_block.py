@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
         """`x` `(B, C, H, W)`, the first convolution's bias and the noise level's `(B, D)` -> `(B, D, H', W')`."""
         if not (self.training and self.dropout.p):
             x = dual.autocast(x)
-            if ops.has_convolution(x.primal if isinstance(x, Dual) else x, self.conv_in.weight):
+            if dual.has_convolution(x, self.conv_in.weight):
                 return self._as_one_op(x, bias)
         h = self.norm_in(x)
         if self.resample is not None:
@@ -91,10 +91,9 @@ class ResBlock(nn.Module):
         """The same where the convolutions have kernels of the package."""
         first, second, shortcut, f = self.norm_in, self.norm_out, self.shortcut, self.resample
         bias_out = self.conv_out.bias if shortcut is None else self.conv_out.bias + shortcut.bias
-        x, tangents = (x.primal, x.tangents) if isinstance(x, Dual) else (x, None)
-        y, y_tangents = ops.res_block(
+        return dual.through(
+            ops.res_block,
             x,
-            tangents,
             bias,
             first.gamma,
             first.beta,
@@ -108,7 +107,6 @@ class ResBlock(nn.Module):
             scale=self.scale,
             resample=((), 1, 1, 0) if f is None else (f.taps, f.up, f.down, f.pad[0]),
         )
-        return y if tangents is None else Dual(y, y_tangents)
 
     def _shortcut(self, conv: Conv, x: V) -> V:
         """The 1 x 1 convolution commutes with resampling: it goes where the image is smaller."""

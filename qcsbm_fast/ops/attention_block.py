@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import any_layout, coefficients, describe, fail
+from .check import any_layout, coefficients, divisor, fail, image_tangents
 from .layout import to_channels_last
 from .registry import OPS, Op, accumulate_dtype, gradient_wanted
 from .res_block import (
@@ -98,7 +98,7 @@ def _reference_vjp(
     wide = (batch, 3 * x.shape[1], *x.shape[2:])
     h, qkv, o = (first_probes(v, probes) for v in unpack(kept, all_probes, [x.shape, wide, x.shape]))
     norm, tangent_norm = statistics.split([2 * batch * groups, 2 * all_probes * batch * groups])
-    scaled = scaled_sum(above, (torch.zeros_like(above[0]), torch.zeros_like(above[1])), scale)
+    scaled = above[0] * scale, above[1] * scale
     gw_out, gb_out = pull_weight(o, above, 1, scale)
     ((go, go_tangents),) = _tokens(push_convolution(scaled, weight_out, None, True), 1)
     q, k, v = _tokens(qkv, 3)
@@ -191,13 +191,9 @@ def attention_block(
     if any_layout(op, "x", x).dim() != 4:
         fail(op, "x", "images (B, C, H, W)", x)
     c = x.shape[1]
-    if groups < 1 or c % groups:
-        raise ValueError(f"{op}: groups expected a divisor of {c} channels, got {groups}")
+    divisor(op, "groups", groups, c)
     if tangents is not None:
-        tangents = any_layout(op, "tangents", tangents)
-        if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
-            fail(op, "tangents", f"(K, *) beside x, {describe(x)}", tangents)
-        tangents = to_channels_last(tangents)
+        tangents = image_tangents(op, tangents, x)
     vectors = {"gamma": (gamma, c), "beta": (beta, c), "bias": (bias, 3 * c), "bias_out": (bias_out, c)}
     found = {name: coefficients(op, name, value, (size,), x) for name, (value, size) in vectors.items()}
     return _op(

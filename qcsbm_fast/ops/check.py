@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .layout import to_channels_last
 from .registry import accumulate_dtype
 
 # What the compiled CPU kernels take.
@@ -55,6 +56,20 @@ def like(op: str, argument: str, value: Tensor, reference: Tensor, lead: Sequenc
     if value.shape != shape or value.dtype != reference.dtype or value.device != reference.device:
         fail(op, argument, describe(reference).replace(str(tuple(reference.shape)), str(shape)), value)
     return value
+
+
+def image_tangents(op: str, value: Tensor, x: Tensor) -> Tensor:
+    """The argument `tangents`, channels-last, if of shape `(K, *x.shape)`, with the dtype and device of `x`."""
+    value = any_layout(op, "tangents", value)
+    if value.shape[1:] != x.shape or value.dtype != x.dtype or value.device != x.device:
+        fail(op, "tangents", f"(K, *) beside x, {describe(x)}", value)
+    return to_channels_last(value)
+
+
+def divisor(op: str, argument: str, value: int, channels: int) -> None:
+    """Refuses a number of groups into which the channels do not fall."""
+    if value < 1 or channels % value:
+        raise ValueError(f"{op}: {argument} expected a divisor of {channels} channels, got {value}")
 
 
 def per_sample(op: str, argument: str, value: Tensor | float, x: Tensor) -> Tensor:

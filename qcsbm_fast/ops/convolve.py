@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from . import backend, split
-from .check import any_layout, coefficients, describe, fail
+from .check import any_layout, coefficients, describe, fail, image_tangents
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype, gradient_wanted
 
@@ -195,7 +195,4 @@ def convolve_jvp(
     Args as `convolve`, and tangents: `(K, *, C, H, W)`, dtype and device of `x`.
     """
     x, weight, bias = _checked(x, weight, bias)
-    tangents = any_layout("convolve", "tangents", tangents)
-    if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
-        fail("convolve", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
-    return _jvp(x, to_channels_last(tangents), weight, bias, False)
+    return _jvp(x, image_tangents("convolve", tangents, x), weight, bias, False)

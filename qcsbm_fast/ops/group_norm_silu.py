@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import any_layout, coefficients, describe, fail
+from .check import any_layout, coefficients, divisor, fail, image_tangents
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype
 
@@ -235,9 +235,8 @@ def _checked(
     if any_layout("group_norm_silu", "x", x).dim() != 4:
         fail("group_norm_silu", "x", "images (B, C, H, W)", x)
     channels = x.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"group_norm_silu: groups expected a divisor of {channels} channels, got {groups}")
     op = "group_norm_silu"
+    divisor(op, "groups", groups, channels)
     bias = None if bias is None else coefficients(op, "bias", bias, x.shape[:2], x)
     gamma, beta = (coefficients(op, n, v, (channels,), x) for n, v in (("gamma", gamma), ("beta", beta)))
     return to_channels_last(x), bias, gamma, beta
@@ -286,7 +285,4 @@ def group_norm_silu_jvp(
     Args as `group_norm_silu`, and tangents: `(K, B, C, H, W)`, dtype and device of `x`.
     """
     x, *rest = _checked(x, bias, gamma, beta, groups)
-    tangents = any_layout("group_norm_silu", "tangents", tangents)
-    if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
-        fail("group_norm_silu", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
-    return _jvp(x, to_channels_last(tangents), *rest, groups, eps, silu)[:2]
+    return _jvp(x, image_tangents("group_norm_silu", tangents, x), *rest, groups, eps, silu)[:2]

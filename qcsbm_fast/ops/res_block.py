@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import any_layout, coefficients, describe, fail
+from .check import any_layout, coefficients, divisor, fail, image_tangents
 from .layout import to_channels_last
 from .registry import OPS, Op, accumulate_dtype, gradient_wanted
 
@@ -172,7 +172,7 @@ def _reference_vjp(
         call = (*g, *at, bias, *own, statistics, of_tangents[:probes], groups, True)
         return OPS["group_norm_silu_jvp_vjp"].reference(*call)
 
-    scaled = scaled_sum(above, (torch.zeros_like(above[0]), torch.zeros_like(above[1])), scale)
+    scaled = above[0] * scale, above[1] * scale
     gk = push_convolution(scaled, weight_out, None, True)
     gw_out, gb_out = pull_weight(k, above, 3, scale)
     gu, gu_tangents, gbias, ggamma_out, gbeta_out = pull_norm(
@@ -181,23 +181,19 @@ def _reference_vjp(
     pulled = gu, gu_tangents
     gw_in, _ = pull_weight(h, pulled, 3, 1.0)
     ga = resample.adjoint(push_convolution(pulled, weight_in, None, True))
-    back, gshortcut = scaled, x.new_empty(0, x.shape[1], 1, 1)
+    back, gshortcut = scaled, weight_in.new_empty(0, x.shape[1], 1, 1)
     if shortcut is not None and down > 1:
         gshortcut, _ = pull_weight(r[0], above, 1, scale)
         back = resample.adjoint(push_convolution(scaled, shortcut, None, True))
     elif shortcut is not None:
-        small = resample.adjoint(above)
-        gshortcut, _ = pull_weight(at, small, 1, scale)
-        back = resample.adjoint(scaled)
-        back = push_convolution(back, shortcut, None, True)
+        gshortcut, _ = pull_weight(at, resample.adjoint(above), 1, scale)
+        back = push_convolution(resample.adjoint(scaled), shortcut, None, True)
     gx, gt, _, ggamma_in, gbeta_in = pull_norm(
         ga, at, None, gamma_in, beta_in, norm_in, tangent_norm_in, groups_in
     )
     gx, gt = scaled_sum((gx, gt), back, 1.0)
-    found = [gw_in, gw_out, gb_out, gshortcut]
     if not weights:
-        found = [value[:0] for value in found]
-    gw_in, gw_out, gb_out, gshortcut = (v.to(accumulate_dtype(x.dtype)) for v in found)
+        gw_in, gw_out, gb_out, gshortcut = (value[:0] for value in (gw_in, gw_out, gb_out, gshortcut))
     return gx, gt, gbias, ggamma_in, gbeta_in, gw_in, ggamma_out, gbeta_out, gw_out, gb_out, gshortcut
 
 
@@ -258,19 +254,7 @@ def _checked(x: Tensor, parameters: Sequence[Any], groups: tuple[int, int], resa
     op = "res_block"
     if any_layout(op, "x", x).dim() != 4:
         fail(op, "x", "images (B, C, H, W)", x)
-    names = (
-        "bias",
-        "gamma_in",
-        "beta_in",
-        "weight_in",
-        "gamma_out",
-        "beta_out",
-        "weight_out",
-        "bias_out",
-        "shortcut",
-    )
-    given = dict(zip(names, parameters, strict=True))
-    channels, weight_in = x.shape[1], given["weight_in"]
+    channels, weight_in = x.shape[1], parameters[3]
     if not isinstance(weight_in, Tensor) or weight_in.dim() != 4 or not len(weight_in):
         fail(op, "weight_in", f"(D, {channels}, 3, 3)", weight_in)
     out = weight_in.shape[0]
@@ -286,23 +270,21 @@ def _checked(x: Tensor, parameters: Sequence[Any], groups: tuple[int, int], resa
         "shortcut": (out, channels, 1, 1),
     }
     for name, count, size in zip(("groups_in", "groups_out"), groups, (channels, out), strict=True):
-        if count < 1 or size % count:
-            raise ValueError(f"{op}: {name} expected a divisor of {size} channels, got {count}")
+        divisor(op, name, count, size)
     taps, up, down, pad = resample
     if (up, down) not in ((1, 1), (2, 1), (1, 2)) or (up != down and not taps) or not 0 <= pad < 65536:
         raise ValueError(
             f"{op}: resample expected taps, factors of which one is 2, zeros before, got {resample}"
         )
-    if given["shortcut"] is None and (channels != out or taps):
+    *required, shortcut = parameters
+    if shortcut is None and (channels != out or taps):
         fail(op, "shortcut", f"({out}, {channels}, 1, 1)", None)
-    found = []
-    for name, value in given.items():
-        shape = shapes[name]
-        if value is None or len(shape) < 4:
-            found.append(None if value is None else coefficients(op, name, value, shape, x))
-            continue
-        found.append(block_weight(op, name, value, shape, x))
-    return found
+    given = required if shortcut is None else parameters
+    found = [
+        (block_weight if len(shape) == 4 else coefficients)(op, name, value, shape, x)
+        for (name, shape), value in zip(shapes.items(), given, strict=False)
+    ]
+    return [*found, *[None] * (shortcut is None)]
 
 
 def res_block(
@@ -346,10 +328,7 @@ def res_block(
     parameters = (bias, gamma_in, beta_in, weight_in, gamma_out, beta_out, weight_out, bias_out, shortcut)
     parameters = _checked(x, parameters, groups, resample)
     if tangents is not None:
-        tangents = any_layout("res_block", "tangents", tangents)
-        if tangents.shape[1:] != x.shape or tangents.dtype != x.dtype or tangents.device != x.device:
-            fail("res_block", "tangents", f"(K, *) beside x, {describe(x)}", tangents)
-        tangents = to_channels_last(tangents)
+        tangents = image_tangents("res_block", tangents, x)
     taps, up, down, pad = resample
     call = (*parameters, *groups, eps, scale, list(taps), up, down, pad)
     return _op(to_channels_last(x), tangents, *call)[:2]
