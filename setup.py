@@ -37,7 +37,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     }
-# csrc/amx, the kernels for processors with matrix registers: above all of avx512's.
+# For processors with matrix registers, which csrc/amx uses: above all of avx512's.
 AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16"]
 # With torch's headers: compiled once for all of csrc/register.
 REGISTER_HEADER = "register.h"
@@ -137,16 +137,18 @@ class NinjaBuild(build_ext):
         # Not build_temp, which is a new folder for each editable install: ninja would start afresh.
         folder = ROOT / "build" / f"{sys.platform}-{platform.machine()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
-        amx = has_amx_flags(cxx)
+        instruction_sets = dict(INSTRUCTION_SETS)
+        if has_amx_flags(cxx):
+            instruction_sets["amx"] = [*INSTRUCTION_SETS["avx512"], *AMX_FLAGS]
         headers = {
-            "build_record.h": build_record(cxx, [*INSTRUCTION_SETS, *["amx"] * amx], cuda, architectures),
+            "build_record.h": build_record(cxx, [*instruction_sets], cuda, architectures),
             REGISTER_HEADER: f'#include "{ROOT}/csrc/register/common.h"\n',
         }
         for name, text in headers.items():  # one that is as it was keeps its time, and what it makes
             if not (folder / name).exists() or (folder / name).read_text() != text:
                 (folder / name).write_text(text)
 
-        edges = self.edges(folder, architectures, amx)
+        edges = self.edges(folder, architectures, instruction_sets)
         self.run_ninja(folder, edges, cxx, nvcc)
         for extension in self.extensions:
             extension.extra_objects = [str(folder / edge.object) for edge in edges[extension.name]]
@@ -156,12 +158,14 @@ class NinjaBuild(build_ext):
                 extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extensions()
 
-    def edges(self, folder: Path, architectures: str, amx: bool) -> dict[str, list[Edge]]:
+    def edges(
+        self, folder: Path, architectures: str, instruction_sets: dict[str, list[str]]
+    ) -> dict[str, list[Edge]]:
         """What to compile for each extension."""
         common = ["-std=c++20", "-O2", "-ftree-vectorize", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         common += ["-ffp-contract=fast", "-fno-math-errno", *os.environ.get("CXXFLAGS", "").split()]
         target = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
-        detect = ["-DQCSBM_AMX"] * amx
+        detect = ["-DQCSBM_AMX"] * ("amx" in instruction_sets)
         torch_flags = [
             *common,
             *detect,
@@ -178,12 +182,10 @@ class NinjaBuild(build_ext):
             nvcc_flags += cuda_arch_flags(architectures)
             ops += [Edge("nvcc", source, nvcc_flags) for source in sources("cuda/*.cu")]
             ops += [Edge("cxx", source, torch_flags) for source in sources("register/cuda/*.cpp")]
-        for isa, flags in INSTRUCTION_SETS.items():
+        for isa, flags in instruction_sets.items():
             isa_flags = [*common, *flags, "-fopenmp", f"-DQCSBM_ISA={isa}"]
-            ops += [Edge("cxx", source, isa_flags, isa) for source in sources("cpu/*.cpp")]
-        if amx:
-            amx_flags = [*common, *INSTRUCTION_SETS["avx512"], *AMX_FLAGS, "-fopenmp", "-DQCSBM_ISA=amx"]
-            ops += [Edge("cxx", source, amx_flags) for source in sources("amx/*.cpp")]
+            own = sources("amx/*.cpp") if isa == "amx" else []
+            ops += [Edge("cxx", source, isa_flags, isa) for source in [*sources("cpu/*.cpp"), *own]]
         header = Edge("cxx", folder / REGISTER_HEADER, [*torch_flags, "-x", "c++-header"])
         torch_flags = [*torch_flags, "-include", REGISTER_HEADER]
         ops += [

@@ -64,15 +64,25 @@ inline Isa active_isa() {
 
 // Declares a kernel for each instruction set that the build has.
 #if defined(__x86_64__)
+#if defined(QCSBM_AMX)
+#define QCSBM_AMX_KERNEL(...) \
+  namespace qcsbm::amx { __VA_ARGS__ }
+#define QCSBM_AMX_CASE(...) \
+  case qcsbm::Isa::amx: qcsbm::amx::__VA_ARGS__; break;
+#else
+#define QCSBM_AMX_KERNEL(...)
+#define QCSBM_AMX_CASE(...)
+#endif
 #define QCSBM_KERNEL(...)                                       \
   namespace qcsbm::baseline { __VA_ARGS__ }                     \
   namespace qcsbm::avx2 { __VA_ARGS__ }                         \
-  namespace qcsbm::avx512 { __VA_ARGS__ }
+  namespace qcsbm::avx512 { __VA_ARGS__ }                       \
+  QCSBM_AMX_KERNEL(__VA_ARGS__)
 // Calls kernel fn<targs>(...) of the active one; targs in parentheses.
 #define QCSBM_UNWRAP(...) __VA_ARGS__
 #define QCSBM_RUN(fn, targs, ...)                                                               \
   switch (qcsbm::active_isa()) {                                                                \
-    case qcsbm::Isa::amx:                                                                       \
+    QCSBM_AMX_CASE(fn<QCSBM_UNWRAP targs>(__VA_ARGS__))                                         \
     case qcsbm::Isa::avx512: qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__); break;         \
     case qcsbm::Isa::avx2: qcsbm::avx2::fn<QCSBM_UNWRAP targs>(__VA_ARGS__); break;             \
     default: qcsbm::baseline::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);                              \

@@ -133,7 +133,8 @@ struct Task {
   A bias_of(const A* bias, int64_t c) const { return bias ? bias[sample * im.channels + first + c] : A(0); }
 
   // Statistics of value and tangents from one pass: each block of pixels has means and centred moments of its own, which
-  // are combined without cancellation (Chan et al. 1979).
+  // are combined without cancellation (Chan et al. 1979). A block's are taken about its first pixel: as that is one of
+  // its values, the centred sum of squares is at least a 17th of the one about it.
   void find_statistics(const T* x, const T* tangents, const A* bias, double eps, A* statistics, A* tangent_statistics) {
     const T* xs = at(x);
     A *mean = array(4), *moment = array(5);
@@ -145,13 +146,15 @@ struct Task {
       const A share = static_cast<A>(rows) / static_cast<A>(begin + rows), weight = share * static_cast<A>(begin);
       for_vectors([&](int64_t c, int64_t lanes) QCSBM_LAMBDA {
         const T* from = xs + begin * im.channels + c;
-        V sum = {}, squares = {};
-        for (int64_t row = 0; row < rows; ++row) sum += load_lanes(from + row * im.channels, lanes);
-        const V m = sum / static_cast<A>(rows), before = load_lanes(mean + c), d = m - before;
+        const V pivot = load_lanes(from, lanes);
+        V e[kRows], sum = {}, squares = {};
         for (int64_t row = 0; row < rows; ++row) {
-          const V e = load_lanes(from + row * im.channels, lanes) - m;
-          squares += e * e;
+          e[row] = load_lanes(from + row * im.channels, lanes) - pivot;
+          sum += e[row];
+          squares += e[row] * e[row];
         }
+        const V above = sum / static_cast<A>(rows), before = load_lanes(mean + c), d = pivot + above - before;
+        squares -= sum * above;
         store_lanes(mean + c, before + d * share);
         store_lanes(moment + c, load_lanes(moment + c) + squares + d * d * weight);
         for (int64_t k = 0; k < im.probes; ++k) {
@@ -160,8 +163,9 @@ struct Task {
           for (int64_t row = 0; row < rows; ++row) {
             const V t = load_lanes(ts + row * im.channels, lanes);
             t_sum += t;
-            products += t * (load_lanes(from + row * im.channels, lanes) - m);
+            products += t * e[row];
           }
+          products -= t_sum * above;
           const V t_before = load_lanes(t_mean(k) + c), dt = t_sum / static_cast<A>(rows) - t_before;
           store_lanes(t_mean(k) + c, t_before + dt * share);
           store_lanes(product(k) + c, load_lanes(product(k) + c) + products + d * dt * weight);

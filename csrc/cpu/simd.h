@@ -63,12 +63,16 @@ QCSBM_INLINE FloatVector load_lanes(const bfloat16* p) {
 
 QCSBM_INLINE void store_lanes(float* p, FloatVector v) { memcpy(p, &v, sizeof v); }
 QCSBM_INLINE void store_lanes(double* p, DoubleVector v) { memcpy(p, &v, sizeof v); }
-// As store<bfloat16>: to nearest even, a NaN stays a NaN.
+// As store<bfloat16>: to nearest even, a NaN stays a NaN. (The instruction takes numbers below 1.2e-38 as zeros.)
 QCSBM_INLINE void store_lanes(bfloat16* p, FloatVector v) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const UintVector u = (UintVector)v;
   const UintVector rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   const HalfwordVector h = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40u, HalfwordVector);
   memcpy(p, &h, sizeof h);
+#endif
 }
 
 // The first n lanes, the others zero.
@@ -105,8 +109,14 @@ QCSBM_INLINE DoubleVector reciprocal(DoubleVector d) { return 1.0 / d; }
 
 // exponential(float) of math/elementary.h, lane by lane.
 QCSBM_INLINE FloatVector exponential(FloatVector x) {
+#ifdef __AVX512F__
+  // of a NaN and a number these return the second
+  x = (FloatVector)_mm512_min_ps(_mm512_set1_ps(88.3f), (__m512)x);
+  x = (FloatVector)_mm512_max_ps(_mm512_set1_ps(-87.3f), (__m512)x);
+#else
   x = x > 88.3f ? broadcast<FloatVector>(88.3f) : x;
   x = x < -87.3f ? broadcast<FloatVector>(-87.3f) : x;
+#endif
   const FloatVector shifted = x * 1.44269504088896341f + kRound;
   const FloatVector n = shifted - kRound;
   const FloatVector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -115,9 +125,13 @@ QCSBM_INLINE FloatVector exponential(FloatVector x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
+  p = (p * r + 1.0f) * r + 1.0f;
+#ifdef __AVX512F__
+  return (FloatVector)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const IntVector exponent = (IntVector)shifted - kRoundBits;
   return p * (FloatVector)((exponent + 127) << 23);
+#endif
 }
 QCSBM_INLINE DoubleVector exponential(DoubleVector x) {
   for (int i = 0; i < 8; ++i) x[i] = exp(x[i]);

@@ -26,7 +26,7 @@ QCSBM_HD float exponential(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
+  p = (p * r + 1.0f) * r + 1.0f;
   const int32_t exponent = bits_as<int32_t>(shifted) - kRoundBits;
   return p * bits_as<float>((exponent + 127) << 23);
 }
