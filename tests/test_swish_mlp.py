@@ -11,6 +11,7 @@ from qcsbm_fast import dual, ops
 from qcsbm_fast.dual import Dual
 from qcsbm_fast.nn import ToyMLP
 from qcsbm_fast.nn.layers import bias_act
+from qcsbm_fast.ops import backend
 from tape import Tape
 
 WIDTHS = [2, 64, 128, 256, 2]
@@ -69,19 +70,43 @@ def test_adjoint(probes: int) -> None:
         torch.testing.assert_close((u * jv[k]).sum(1), (jtu * v[k]).sum(1), rtol=1e-11, atol=1e-12)
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_same_bits_for_any_number_of_threads(split: bool) -> None:
     p = parameters(WIDTHS).requires_grad_()
     x, t = torch.randn(2000, 2), torch.randn(1, 2000, 2)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y, jv = ops.swish_mlp_jvp(x, t, p, WIDTHS)
+            with ops.split_float32(split):
+                y, jv = ops.swish_mlp_jvp(x, t, p, WIDTHS)
             found.append((y, jv, *torch.autograd.grad((y * jv[0]).sum(), p)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, [3, 96, 40, 64, 5], [64, 32, 64]])
+@pytest.mark.parametrize("probes", [0, 2])
+@pytest.mark.parametrize("rows", [1, 47, 300])
+def test_split_products(rows: int, probes: int, widths: list[int]) -> None:
+    """In three products of bfloat16, where the processor has them: all results to 2^-16 of their size."""
+    exact = parameters(widths, torch.float64)
+    x, t = torch.randn(rows, widths[0]).double(), torch.randn(probes, rows, widths[0]).double()
+    u, w = torch.randn(rows, widths[-1]).double(), torch.randn(probes, rows, widths[-1]).double()
+    results = []
+    for dtype, split in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        p, leaf, tangents = (value.to(dtype).requires_grad_() for value in (exact, x, t))
+        with ops.split_float32(split):
+            y, jv = ops.swish_mlp_jvp(leaf, tangents, p, widths)
+        scalar = (y * u.to(dtype)).sum() + (jv**2 * w.to(dtype)).sum()
+        results.append((y, jv, *torch.autograd.grad(scalar, (leaf, tangents, p), materialize_grads=True)))
+    for truth, plain, found in zip(*results, strict=True):
+        assert (found - truth).norm() <= 6e-5 * truth.norm()
+        assert (plain - truth).norm() <= 3e-6 * truth.norm()
+    splits = backend.has_kernel("convolve", "cpu")  # needs the same registers
+    assert torch.equal(results[1][-1], results[2][-1]) != splits
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 129])
@@ -102,7 +127,7 @@ def test_only_gradients_that_are_asked_for_are_computed() -> None:
         torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
         torch.autograd.grad(y.sum() + jv.sum(), p)
         ops.swish_mlp(x, p, WIDTHS).sum().backward()
-    wanted = [arguments[-2:] for arguments in tape.arguments("qcsbm::swish_mlp_vjp")]
+    wanted = [arguments[-3:-1] for arguments in tape.arguments("qcsbm::swish_mlp_vjp")]
     assert wanted == [(True, False), (False, True), (False, True)]
 
 
@@ -122,6 +147,6 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
 
 def test_the_pre_activations_have_no_derivative() -> None:
     x = torch.randn(3, 2, requires_grad=True)
-    pre = torch.ops.qcsbm.swish_mlp(x, None, parameters(WIDTHS), WIDTHS)[2]
+    pre = torch.ops.qcsbm.swish_mlp(x, None, parameters(WIDTHS), WIDTHS, False)[2]
     with pytest.raises(NotImplementedError, match="pre-activations"):
         pre.sum().backward()

@@ -22,8 +22,6 @@ namespace qcsbm::amx {
 constexpr int64_t kTile = 512;  // bfloat16 values in a tile register, 16 rows of 64 bytes
 constexpr int64_t kBandBytes = 512 * 1024;  // of converted pixels: they stay in the second-level cache
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Memory that a thread keeps from one call to the next: fresh pages would cost as much as the conversion.
 template <typename T>
 class Scratch {

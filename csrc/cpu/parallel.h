@@ -22,6 +22,7 @@ constexpr int64_t kGrain = 16384;
 constexpr int64_t kBlock = 1024;
 
 constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+constexpr int64_t round_up(int64_t n, int64_t unit) { return blocks_of(n, unit) * unit; }
 
 // Calls f(row, first, count) for every run of consecutive elements [begin, end) that lies in one row.
 template <class F>

@@ -21,6 +21,8 @@ constexpr int kTileRows = 1;
 template <typename A>
 class Products {
  public:
+  struct Registers {};  // that a thread must hold meanwhile: none
+
   // A right factor: panels of kPanel columns, each (k, kPanel); memory that was zero is zero after the last column.
   // Value (i, j) stands at w[i * row + j * column].
   static int64_t packed_size(int64_t k, int64_t n) { return k * blocks_of(n, kPanel) * kPanel; }

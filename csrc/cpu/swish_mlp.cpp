@@ -4,8 +4,13 @@
 //
 // A block of rows goes through all layers at once: what it makes stays in the second-level cache, where layer by layer
 // every activation would leave and come back. The pre-activations u are kept for the adjoint, which makes the rest anew.
+#include <type_traits>
+
 #include "../math/activation.h"
 #include "products.h"
+#ifdef __AMX_BF16__
+#include "../amx/products.h"
+#endif
 
 namespace qcsbm::QCSBM_ISA {
 namespace {
@@ -51,7 +56,7 @@ struct Network {
 };
 
 // The weights as right factors of products: transposed for the values, as they are for the adjoint.
-template <typename A>
+template <class Product, typename A>
 class Weights {
  public:
   Weights(const Network& net, const A* parameters, bool transposed)
@@ -59,8 +64,8 @@ class Weights {
     for (int64_t l = 0; l <= net.hidden; ++l) {
       const int64_t in = net.in(l), out = net.out(l);
       const A* const w = parameters + net.weight(l);
-      if (transposed) Products<A>::pack(w, in, out, 1, in, packed_.data() + offset(l));
-      else Products<A>::pack(w, out, in, in, 1, packed_.data() + offset(l));
+      if (transposed) Product::pack(w, in, out, 1, in, packed_.data() + offset(l));
+      else Product::pack(w, out, in, in, 1, packed_.data() + offset(l));
     }
   }
   const A* layer(int64_t l) { return packed_.data() + offset(l); }
@@ -70,7 +75,7 @@ class Weights {
     int64_t sum = 0;
     for (int64_t i = 0; i < l; ++i) {
       const int64_t in = net_.in(i), out = net_.out(i);
-      sum += transposed_ ? Products<A>::packed_size(in, out) : Products<A>::packed_size(out, in);
+      sum += round_up(transposed_ ? Product::packed_size(in, out) : Product::packed_size(out, in), 16);
     }
     return sum;
   }
@@ -211,28 +216,27 @@ inline int64_t block_rows(int64_t rows, int64_t probes) {
   return std::clamp<int64_t>(rows, 1, std::max<int64_t>(kBlockRows / (1 + probes) / 16 * 16, 16));
 }
 inline int64_t block_size(const Network& net, int64_t rows, int64_t probes) {
-  return (1 + probes) * rows * row_stride(net.widest());
+  return round_up((1 + probes) * rows, 32) * row_stride(net.widest());
 }
 
-}  // namespace
-
-template <typename T>
-void swish_mlp(const int64_t* widths, int64_t hidden, const T* x, const T* tangents, const acc_t<T>* parameters, T* y,
+template <class Product, typename T>
+void forward(const int64_t* widths, int64_t hidden, const T* x, const T* tangents, const acc_t<T>* parameters, T* y,
                T* y_tangents, acc_t<T>* pre, acc_t<T>* pre_tangents, int64_t rows, int64_t probes) {
   using A = acc_t<T>;
   const Network net{widths, hidden};
-  Weights<A> weights(net, parameters, true);
+  Weights<Product, A> weights(net, parameters, true);
   const int64_t block = block_rows(rows, probes), columns = net.columns(net.hidden);
 #pragma omp parallel if (rows * (1 + probes) * columns > kGrain)
   {
     Buffer<A> h(block_size(net, block, probes)), u(block_size(net, block, probes)), slope(net.widest());
+    const typename Product::Registers registers;
 #pragma omp for schedule(dynamic)
     for (int64_t begin = 0; begin < rows; begin += block) {
       const Span span{begin, std::min(block, rows - begin), rows, probes};
       load_rows(span, x, tangents, net.in(0), h.data());
       for (int64_t l = 0; l < net.hidden; ++l) {
         const int64_t width = net.out(l), first = net.columns(l);
-        Products<A>::multiply(h.data(), span.total(), net.in(l), weights.layer(l), width, u.data());
+        Product::multiply(h.data(), span.total(), net.in(l), weights.layer(l), width, u.data());
         for (int64_t s = 0; s <= probes; ++s)
           for (int64_t i = 0; i < span.count; ++i) {
             A* const to = span.at(pre, pre_tangents, columns, s, i) + first;
@@ -243,20 +247,19 @@ void swish_mlp(const int64_t* widths, int64_t hidden, const T* x, const T* tange
         activate_rows<A>(net, parameters, l, span, pre, pre_tangents, h.data(), slope.data());
       }
       const int64_t last = net.hidden;
-      Products<A>::multiply(h.data(), span.total(), net.in(last), weights.layer(last), net.out(last), u.data());
+      Product::multiply(h.data(), span.total(), net.in(last), weights.layer(last), net.out(last), u.data());
       store_rows(span, u.data(), net.out(last), y, y_tangents);
     }
   }
 }
 
-// `gx` with `gtangents`, or `gparameters`, may be null: then they are not computed.
-template <typename T>
-void swish_mlp_vjp(const int64_t* widths, int64_t hidden, const T* g, const T* g_tangents, const T* x,
+template <class Product, typename T>
+void adjoint(const int64_t* widths, int64_t hidden, const T* g, const T* g_tangents, const T* x,
                    const T* tangents, const acc_t<T>* pre, const acc_t<T>* pre_tangents, const acc_t<T>* parameters,
                    T* gx, T* gtangents, acc_t<T>* gparameters, int64_t rows, int64_t probes) {
   using A = acc_t<T>;
   const Network net{widths, hidden};
-  Weights<A> weights(net, parameters, false);
+  Weights<Product, A> weights(net, parameters, false);
   const int64_t block = block_rows(rows, probes), blocks = blocks_of(rows, block), head = net.hidden;
   const int64_t parts = gparameters ? std::min(blocks, kSumParts) : 1;
   Buffer<A> sums(parts * net.sums());
@@ -264,6 +267,7 @@ void swish_mlp_vjp(const int64_t* widths, int64_t hidden, const T* g, const T* g
   {
     const int64_t size = block_size(net, block, probes);
     Buffer<A> h(size), first(size), second(size), slope(net.widest()), inner(net.widest()), ignored(net.parameters());
+    const typename Product::Registers registers;
     // `sum` of the weights, `rest` of the other parameters
     const auto adjoin = [&](int64_t index, A* sum, A* rest) {
       const Span span{index * block, std::min(block, rows - index * block), rows, probes};
@@ -272,12 +276,12 @@ void swish_mlp_vjp(const int64_t* widths, int64_t hidden, const T* g, const T* g
       load_rows(span, g, g_tangents, net.out(head), current);
       for (int64_t l = head; l >= 0; --l) {
         A* const given = gparameters ? h.data() : nullptr;
-        if (l || gx) Products<A>::multiply(current, total, net.out(l), weights.layer(l), net.in(l), next);
+        if (l || gx) Product::multiply(current, total, net.out(l), weights.layer(l), net.in(l), next);
         if (l)
           adjoin_rows<A>(net, parameters, l - 1, span, pre, pre_tangents, next, given, slope.data(), inner.data(),
                          rest + net.bias(l - 1), rest + net.slope(l - 1), rest + net.join());
         else if (given) load_rows(span, x, tangents, net.in(0), given);
-        if (given) Products<A>::accumulate(current, given, total, net.out(l), net.in(l), sum + net.sum(l));
+        if (given) Product::accumulate(current, given, total, net.out(l), net.in(l), sum + net.sum(l));
         std::swap(current, next);
       }
       if (gx) store_rows(span, current, net.in(0), gx, gtangents);
@@ -310,11 +314,43 @@ void swish_mlp_vjp(const int64_t* widths, int64_t hidden, const T* g, const T* g
   }
 }
 
+// Calls f.template operator()<Product>(): the class of products for T, in three of bfloat16 where `split` allows it.
+template <typename T, class F>
+void with_products([[maybe_unused]] bool split, F&& f) {
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<T, float>)
+    if (split) return f.template operator()<SplitProducts>();
+#endif
+  f.template operator()<Products<acc_t<T>>>();
+}
+
+}  // namespace
+
+template <typename T>
+void swish_mlp(const int64_t* widths, int64_t hidden, const T* x, const T* tangents, const acc_t<T>* parameters, T* y,
+               T* y_tangents, acc_t<T>* pre, acc_t<T>* pre_tangents, int64_t rows, int64_t probes, bool split) {
+  with_products<T>(split, [&]<class Product>() {
+    forward<Product>(widths, hidden, x, tangents, parameters, y, y_tangents, pre, pre_tangents, rows, probes);
+  });
+}
+
+// `gx` with `gtangents`, or `gparameters`, may be null: then they are not computed.
+template <typename T>
+void swish_mlp_vjp(const int64_t* widths, int64_t hidden, const T* g, const T* g_tangents, const T* x,
+                   const T* tangents, const acc_t<T>* pre, const acc_t<T>* pre_tangents, const acc_t<T>* parameters,
+                   T* gx, T* gtangents, acc_t<T>* gparameters, int64_t rows, int64_t probes, bool split) {
+  with_products<T>(split, [&]<class Product>() {
+    adjoint<Product>(widths, hidden, g, g_tangents, x, tangents, pre, pre_tangents, parameters, gx, gtangents,
+                     gparameters, rows, probes);
+  });
+}
+
 #define QCSBM_INSTANTIATE(T)                                                                                        \
   template void swish_mlp<T>(const int64_t*, int64_t, const T*, const T*, const acc_t<T>*, T*, T*, acc_t<T>*,        \
-                             acc_t<T>*, int64_t, int64_t);                                                          \
+                             acc_t<T>*, int64_t, int64_t, bool);                                                        \
   template void swish_mlp_vjp<T>(const int64_t*, int64_t, const T*, const T*, const T*, const T*, const acc_t<T>*,  \
-                                 const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*, int64_t, int64_t);
+                                 const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*, int64_t, int64_t, \
+                                 bool);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(double)
 QCSBM_INSTANTIATE(bfloat16)

@@ -15,7 +15,7 @@ allowed = False
 
 @contextmanager
 def split_float32(allow: bool = True) -> Iterator[None]:
-    """Within it, float32 convolutions on such a CPU take products in three.
+    """Within it, float32 convolutions and `swish_mlp` on such a CPU take products in three.
 
     Off elsewhere: a library has no business to round behind its user's back. The command line runs within it.
     """
