@@ -46,8 +46,8 @@ struct Weights {
         high[r] = v.high;
         low[r] = v.low;
       } else {
-        const Lanes first = split<true>(load(output + r, tap, input));
-        const Lanes second = split<true>(load(output + r, tap, input + 16));
+        const Lanes first = split(load(output + r, tap, input));
+        const Lanes second = split(load(output + r, tap, input + 16));
         high[r] = narrow(first.high, second.high);
         low[r] = narrow(first.low, second.low);
       }
@@ -60,7 +60,7 @@ struct Weights {
 template <int Rows, int Cols, typename T>
 void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const Weights& weights, const float* bias,
            const int32_t* targets, const T* residual, float residual_scale, T* y, int64_t valid_channels) {
-  alignas(64) float sums[256];
+  alignas(64) float sums[256 * Cols];
   // every row of a sum starts with the bias
   const auto begin = [&](auto load, int row, int col) __attribute__((always_inline)) {
     if (!residual) return load(bias + 16 * col, 0);
@@ -82,20 +82,38 @@ void block(Halves pixels, int64_t channels, int64_t width, Halves tiles, const W
     for (int64_t c = 0; c < channels; c += 32, tiles = tiles + kTile)
       step<Rows, Cols, kSplit<T>>(left + c, 16 * channels, 2 * channels, tiles, weights.next(), 64);
   }
-  const auto write = [&](auto store, int row, int col) __attribute__((always_inline)) {
+  // `first` and `second` store the tiles of a row's sums
+  const auto write = [&](auto first, auto second, int row) __attribute__((always_inline)) {
     const int32_t* const to = targets + 16 * row;
-    const bool dense = to[0] >= 0 && to[15] == to[0] + 15 && valid_channels - 16 * col >= 16;
-    if (kSplit<T> && dense) return store(y + int64_t{to[0]} * weights.out + 16 * col, weights.out * 4);
-    store(sums, 64);
-    for (int i = 0; i < 16; ++i)
-      if (to[i] >= 0)
-        store_lanes(y + int64_t{to[i]} * weights.out + 16 * col, _mm512_load_ps(sums + 16 * i),
-                    lanes_mask(valid_channels - 16 * col));
+    if (kSplit<T> && to[0] >= 0 && to[15] == to[0] + 15 && valid_channels >= 16 * Cols) {
+      T* const at = y + int64_t{to[0]} * weights.out;
+      first(at, weights.out * 4);
+      if constexpr (Cols > 1) second(at + 16, weights.out * 4);
+      return;
+    }
+    first(sums, 64);
+    if constexpr (Cols > 1) second(sums + 256, 64);
+    const bool whole = valid_channels >= 32;
+    for (int i = 0; i < 16; ++i) {
+      if (to[i] < 0) continue;
+      T* const at = y + int64_t{to[i]} * weights.out;
+      const __m512 low = _mm512_load_ps(sums + 16 * i);
+      if constexpr (Cols > 1) {
+        const __m512 high = _mm512_load_ps(sums + 256 + 16 * i);
+        if (!kSplit<T> && whole) {
+          _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+          continue;
+        }
+        store_lanes(at + 16, high, lanes_mask(valid_channels - 16));
+      }
+      store_lanes(at, low, lanes_mask(valid_channels));
+    }
   };
-  write([](void* p, int64_t stride) { _tile_stored(0, p, stride); }, 0, 0);
-  if constexpr (Cols > 1) write([](void* p, int64_t stride) { _tile_stored(1, p, stride); }, 0, 1);
-  if constexpr (Rows > 1) write([](void* p, int64_t stride) { _tile_stored(2, p, stride); }, 1, 0);
-  if constexpr (Rows > 1 && Cols > 1) write([](void* p, int64_t stride) { _tile_stored(3, p, stride); }, 1, 1);
+  write([](void* p, int64_t stride) { _tile_stored(0, p, stride); },
+        [](void* p, int64_t stride) { _tile_stored(1, p, stride); }, 0);
+  if constexpr (Rows > 1)
+    write([](void* p, int64_t stride) { _tile_stored(2, p, stride); },
+          [](void* p, int64_t stride) { _tile_stored(3, p, stride); }, 1);
 }
 
 }  // namespace
@@ -120,9 +138,8 @@ void convolve(const Convolution& shape, const T* x, const T* tangents, const acc
 #pragma omp parallel if ((images + tangent_images) * height * cols * weights.in > kGrain)
   {
     static thread_local Scratch<uint16_t> pixel_scratch;
-    static thread_local Scratch<int32_t> source_scratch, target_scratch;
+    static thread_local Scratch<int32_t> target_scratch;
     const Halves pixels = halves<T>(pixel_scratch, inputs * channels);
-    int32_t* const sources = source_scratch.get(inputs);
     int32_t* const targets = target_scratch.get(outputs);
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < weights.count(); ++tile) weights.make_tile<kSplit<T>>(weight, tile, tiles);
@@ -135,13 +152,8 @@ void convolve(const Convolution& shape, const T* x, const T* tangents, const acc
       const T* const from = pushed ? tangents : x;
       T* const to = pushed ? y_tangents : y;
       const T* const added = pushed ? residual.tangents : residual.images;
-      bands.read_inputs(band, sources);
+      bands.read_pixels(band, from, weights.in, channels, pixels);
       bands.read_outputs(band, targets);
-      for (int64_t p = 0; p < bands.inputs; ++p) {
-        const Halves row = pixels + p * channels;
-        if (sources[p] >= 0) split_row(from + int64_t{sources[p]} * weights.in, weights.in, channels, row);
-        else zero_row(channels, row);
-      }
       for (int64_t n = 0; n < weights.out; n += 32) {
         const Halves right = tiles + n / 16 * weights.next();
         const float* const offset = offsets.data() + (pushed ? padded : 0) + n;

@@ -86,9 +86,7 @@ inline __m512 load_lanes(const bfloat16* p, __mmask16 mask) {
 struct Lanes {
   __m512i high, low;
 };
-template <bool Split>
 inline Lanes split(__m512 v) {
-  if constexpr (!Split) return {_mm512_srli_epi32(_mm512_castps_si512(v), 16), __m512i{}};  // they are bfloat16
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v));
   const __m512 rest = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
   return {high, _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest))};
@@ -97,7 +95,9 @@ inline Lanes split(__m512 v) {
 // The values of two rows side by side in 32 bits.
 template <bool Split>
 inline Lanes pair(__m512 first, __m512 second) {
-  const Lanes even = split<Split>(first), odd = split<Split>(second);
+  if constexpr (!Split)  // they are bfloat16: the second's bits stand where they belong
+    return {_mm512_or_si512(_mm512_srli_epi32((__m512i)first, 16), (__m512i)second), __m512i{}};
+  const Lanes even = split(first), odd = split(second);
   return {_mm512_or_si512(even.high, _mm512_slli_epi32(odd.high, 16)),
           _mm512_or_si512(even.low, _mm512_slli_epi32(odd.low, 16))};
 }
@@ -161,7 +161,14 @@ inline void store_halves(Halves to, __m512 v) {
 // A row of `count` values, zeros after it up to `padded`, a multiple of 32.
 template <typename T>
 inline void split_row(const T* from, int64_t count, int64_t padded, Halves to) {
-  for (int64_t i = 0; i < padded; i += 16) {
+  int64_t i = 0;
+  if constexpr (kSplit<T>) {
+    for (; i + 16 <= count; i += 16) store_halves<true>(to + i, _mm512_loadu_ps(from + i));
+  } else if (count == padded) {
+    memcpy(to.high, from, count * sizeof(T));
+    return;
+  }
+  for (; i < padded; i += 16) {
     const __mmask16 mask = i < count ? lanes_mask(count - i) : 0;
     if constexpr (kSplit<T>) {
       store_halves<true>(to + i, load_lanes(from + (mask ? i : 0), mask));
@@ -224,6 +231,22 @@ struct Bands {
       if (first >= 0)
         for (int64_t j = 0; j < image_cols; ++j) to[j] = static_cast<int32_t>(first + j);
     }
+  }
+
+  // The pixels at the input positions, rows of `in` values and zeros after them up to `channels`; zeros where there is none.
+  template <typename T>
+  void read_pixels(int64_t band, const T* x, int64_t in, int64_t channels, Halves to) const {
+    for (int64_t line = -1; line < lines; ++line, to = to + width * channels) {
+      const int64_t first = first_pixel(band, line);
+      zero_row((first < 0 ? width : 1) * channels, to);
+      if (first < 0) continue;
+      const T* const from = x + first * in;
+      const Halves row = to + channels;
+      if (in == channels) split_row(from, image_cols * in, image_cols * in, row);
+      else
+        for (int64_t j = 0; j < image_cols; ++j) split_row(from + j * in, in, channels, row + j * channels);
+    }
+    zero_row((inputs - (lines + 1) * width) * channels, to);
   }
 
   // For each output position its pixel, -1 where there is none.

@@ -101,7 +101,7 @@ def evaluate_run(
     found["score_error"] = (errors.mean().item(), None)
     held_out = setup.test[: settings.nll_points]
     found |= _likelihood(score, held_out, stream, settings, config.data.name, exact, progress)
-    samples = draw_samples(score, setup, config.sampling, settings, progress=progress)
+    samples = draw_samples(setup.score, setup, config.sampling, settings, progress=progress)
     real, fake = (images[: min(len(setup.test), len(samples))] for images in (setup.test, samples))
     found |= _quality(real, fake)
     if features and network:
@@ -146,7 +146,7 @@ def _likelihood(
 def draw_samples(
     score: Score, setup: build.Setup, sampling: Any, settings: Settings, *, progress: bool = False
 ) -> Tensor:
-    """As many samples as the settings say, by the run's own sampler, in batches."""
+    """As many samples as the settings say, by the run's own sampler and in its precision, in batches."""
     size = 100 if setup.image else 5000
     parts = [
         draw(
