@@ -17,18 +17,7 @@ struct Matrix {
   Matrix from(int64_t row, int64_t count) const { return {at + row * cols, count, cols}; }
 };
 
-// The left factor of a product: how far it is to the next 16 rows, from row to row in bytes, to the next 32 columns.
-struct Left {
-  Halves at;
-  int64_t next, stride, step;
-};
 inline Left rows_of(const Matrix& m) { return {m.at, 16 * m.cols, 2 * m.cols, 32}; }
-
-// The right factor: tiles (columns / 16, rows / 32).
-struct Right {
-  Halves at;
-  int64_t steps;
-};
 
 // Memory of one task, handed out piece by piece.
 template <bool Split>
@@ -98,20 +87,6 @@ Right right_of_transpose(const Matrix& m, Workspace<Split>& space) {
 template <bool Split>
 Left left_of_transpose(const Matrix& m, Halves to) {
   return {pair_rows<Split>(m, true, to), m.rows / 32 * kTile, 64, kTile};
-}
-
-// sums (rows, cols) = left right, or += ; rows and cols are multiples of 32.
-template <bool Split>
-void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, float* sums, bool add) {
-  for (int64_t m = 0; m < rows; m += 32)
-    for (int64_t n = 0; n < cols; n += 32) {
-      float* const at = sums + m * cols + n;
-      begin_sums<2, 2>(at, 16, 16 * cols, 4 * cols, add);
-      for (int64_t k = 0; k < right.steps; ++k)
-        step<2, 2, Split>(left.at + (m / 16 * left.next + k * left.step), left.next, left.stride,
-                          right.at + (n / 16 * right.steps + k) * kTile, right.steps * kTile, 64);
-      store_sums<2, 2>(at, 16, 16 * cols, 4 * cols);
-    }
 }
 
 // Calls f(j, mask) for each vector of a row's `count` values.

@@ -37,8 +37,8 @@ class SplitProducts {
     for (int64_t i = 0; i < rows; ++i)
       if (i < m) split_row(left + i * row_stride(k), k, k, split + i * k);
       else zero_row(k, split + i * k);
-    run({split, 16 * k, 2 * k, 32}, packed(const_cast<float*>(right), k, n), rows, round_up(n, 32), k / 32, to,
-        row_stride(n), false);
+    const Right factor{packed(const_cast<float*>(right), k, n), k / 32};
+    amx::multiply<true>({split, 16 * k, 2 * k, 32}, factor, rows, round_up(n, 32), to, false, row_stride(n));
   }
 
   // sums (n, c) += left^T (n, m) right (m, c)
@@ -49,16 +49,10 @@ class SplitProducts {
     const Halves first = halves<float>(left_scratch, n * steps * 32), second = halves<float>(right_scratch, c * steps * 32);
     pair_rows(left, m, n, true, first);
     pair_rows(right, m, c, false, second);
-    run({first, steps * kTile, 64, kTile}, second, n, c, steps, sums, row_stride(c), true);
+    amx::multiply<true>({first, steps * kTile, 64, kTile}, {second, steps}, n, c, sums, true, row_stride(c));
   }
 
  private:
-  // The left factor of a product: how far it is to the next 16 rows, from row to row in bytes, to the next 32 columns.
-  struct Left {
-    Halves at;
-    int64_t next, stride, step;
-  };
-
   static Halves packed(float* memory, int64_t k, int64_t n) {
     uint16_t* const first = reinterpret_cast<uint16_t*>(memory);
     return {first, first + k * round_up(n, 32)};
@@ -78,20 +72,6 @@ class SplitProducts {
           low[i] = v.low;
         }
         store_tile<true>(high, low, transposed, to + (c / 16 * steps + r / 32) * kTile);
-      }
-  }
-
-  // to (rows, cols) = left right, or +=
-  static void run(const Left& left, Halves right, int64_t rows, int64_t cols, int64_t steps, float* to, int64_t stride,
-                  bool add) {
-    for (int64_t n = 0; n < cols; n += 32)
-      for (int64_t m = 0; m < rows; m += 32) {
-        float* const at = to + m * stride + n;
-        begin_sums<2, 2>(at, 16, 16 * stride, 4 * stride, add);
-        for (int64_t k = 0; k < steps; ++k)
-          step<2, 2, true>(left.at + (m / 16 * left.next + k * left.step), left.next, left.stride,
-                           right + (n / 16 * steps + k) * kTile, steps * kTile, 64);
-        store_sums<2, 2>(at, 16, 16 * stride, 4 * stride);
       }
   }
 };

@@ -319,6 +319,34 @@ inline __attribute__((always_inline)) void store_sums(float* sums, int64_t right
   if constexpr (Rows > 1 && Cols > 1) _tile_stored(3, sums + below + right, stride);
 }
 
+// The left factor of a product: how far it is to the next 16 rows, from row to row in bytes, to the next 32 columns.
+struct Left {
+  Halves at;
+  int64_t next, stride, step;
+};
+
+// The right factor: tiles (columns / 16, rows / 32).
+struct Right {
+  Halves at;
+  int64_t steps;
+};
+
+// sums (rows, cols) = left right, or += ; rows and cols are multiples of 32. The sums' rows lie `stride` apart, 0: densely.
+template <bool Split>
+inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, float* sums, bool add,
+                     int64_t stride = 0) {
+  if (!stride) stride = cols;
+  for (int64_t m = 0; m < rows; m += 32)
+    for (int64_t n = 0; n < cols; n += 32) {
+      float* const at = sums + m * stride + n;
+      begin_sums<2, 2>(at, 16, 16 * stride, 4 * stride, add);
+      for (int64_t k = 0; k < right.steps; ++k)
+        step<2, 2, Split>(left.at + (m / 16 * left.next + k * left.step), left.next, left.stride,
+                          right.at + (n / 16 * right.steps + k) * kTile, right.steps * kTile, 64);
+      store_sums<2, 2>(at, 16, 16 * stride, 4 * stride);
+    }
+}
+
 // Calls run<Rows, Cols>() for a block of two rows of tiles or one, and two columns or one.
 template <class F>
 inline void for_block(bool two_rows, bool two_cols, F&& run) {

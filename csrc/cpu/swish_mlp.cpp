@@ -221,7 +221,7 @@ inline int64_t block_size(const Network& net, int64_t rows, int64_t probes) {
 
 template <class Product, typename T>
 void forward(const int64_t* widths, int64_t hidden, const T* x, const T* tangents, const acc_t<T>* parameters, T* y,
-               T* y_tangents, acc_t<T>* pre, acc_t<T>* pre_tangents, int64_t rows, int64_t probes) {
+             T* y_tangents, acc_t<T>* pre, acc_t<T>* pre_tangents, int64_t rows, int64_t probes) {
   using A = acc_t<T>;
   const Network net{widths, hidden};
   Weights<Product, A> weights(net, parameters, true);
@@ -254,9 +254,9 @@ void forward(const int64_t* widths, int64_t hidden, const T* x, const T* tangent
 }
 
 template <class Product, typename T>
-void adjoint(const int64_t* widths, int64_t hidden, const T* g, const T* g_tangents, const T* x,
-                   const T* tangents, const acc_t<T>* pre, const acc_t<T>* pre_tangents, const acc_t<T>* parameters,
-                   T* gx, T* gtangents, acc_t<T>* gparameters, int64_t rows, int64_t probes) {
+void adjoint(const int64_t* widths, int64_t hidden, const T* g, const T* g_tangents, const T* x, const T* tangents,
+             const acc_t<T>* pre, const acc_t<T>* pre_tangents, const acc_t<T>* parameters, T* gx, T* gtangents,
+             acc_t<T>* gparameters, int64_t rows, int64_t probes) {
   using A = acc_t<T>;
   const Network net{widths, hidden};
   Weights<Product, A> weights(net, parameters, false);
@@ -347,10 +347,9 @@ void swish_mlp_vjp(const int64_t* widths, int64_t hidden, const T* g, const T* g
 
 #define QCSBM_INSTANTIATE(T)                                                                                        \
   template void swish_mlp<T>(const int64_t*, int64_t, const T*, const T*, const acc_t<T>*, T*, T*, acc_t<T>*,        \
-                             acc_t<T>*, int64_t, int64_t, bool);                                                        \
+                             acc_t<T>*, int64_t, int64_t, bool);                                                    \
   template void swish_mlp_vjp<T>(const int64_t*, int64_t, const T*, const T*, const T*, const T*, const acc_t<T>*,  \
-                                 const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*, int64_t, int64_t, \
-                                 bool);
+                                 const acc_t<T>*, const acc_t<T>*, T*, T*, acc_t<T>*, int64_t, int64_t, bool);
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(double)
 QCSBM_INSTANTIATE(bfloat16)

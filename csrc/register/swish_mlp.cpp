@@ -64,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
 std::tuple<Tensor, Tensor, Tensor> vjp(const Tensor& g, const std::optional<Tensor>& g_tangents, const Tensor& x,
                                        const std::optional<Tensor>& tangents, const Tensor& pre,
                                        const Tensor& pre_tangents, const Tensor& parameters,
-                                       std::vector<int64_t> widths, bool inputs, bool weights,
-                                       bool split) {
+                                       std::vector<int64_t> widths, bool inputs, bool weights, bool split) {
   const Shape s("swish_mlp_vjp", x, tangents, parameters, widths);
   const int64_t probes = g_tangents ? s.probes : 0;  // without cotangents the tangents have no part in it
   s.check_batch(g, x, s.out, 1, "swish_mlp_vjp", "g");
