@@ -46,14 +46,6 @@ def ours(x0: torch.Tensor, **arguments: object) -> Callable[[], object]:
     return step(objective, lambda: objective(x0).loss)
 
 
-def split(run: Callable[[], object]) -> Callable[[], None]:
-    def within() -> None:
-        with split_float32():
-            run()
-
-    return within
-
-
 def baseline(x0: torch.Tensor, loss: Callable[..., torch.Tensor]) -> Callable[[], object]:
     torch.manual_seed(0)
     network = PlainToyMLP()
@@ -89,7 +81,7 @@ def main() -> None:
         "plain eager, no penalty": baseline(x0, plain_denoising),
     }
     ours_alone = [name for name in functions if name.startswith("ours")]
-    functions |= {f"{name}, split": split(functions[name]) for name in ours_alone}
+    functions |= {f"{name}, split": split_float32()(functions[name]) for name in ours_alone}
     rate = harness.matmul_rate(arguments.batch, 128, 256)
     unit = FORWARD_FLOP * arguments.batch / rate
     units = {

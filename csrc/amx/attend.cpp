@@ -133,11 +133,7 @@ struct Sample {
   // Part `part` of rows of `width` values as a matrix.
   Matrix read(const T* from, int64_t part, int64_t width, Workspace<S>& space) const {
     const Matrix m = space.matrix(tokens, channels);
-    for (int64_t i = 0; i < tokens; ++i) {
-      const Halves row = m.at + i * channels;
-      if (i < shape.tokens) split_row(from + i * width + part * shape.channels, shape.channels, channels, row);
-      else zero_row(channels, row);
-    }
+    split_rows(from + part * shape.channels, width, shape.tokens, shape.channels, tokens, channels, m.at);
     return m;
   }
   void write(const float* sums, int64_t first, int64_t rows, T* to, int64_t stride) const {

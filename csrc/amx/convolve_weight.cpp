@@ -17,9 +17,7 @@ constexpr int64_t kPositions = kSplit<T> ? 128 : 256;  // handled at once
 // Channels c ... c + 15 of a pixel; zero where it is -1.
 template <typename T>
 inline __m512 channels_at(const T* x, int64_t channels, int64_t c, int32_t pixel) {
-  if (pixel < 0) return __m512{};
-  const T* const from = x + pixel * channels + c;
-  return channels - c >= 16 ? load_lanes(from, 0xFFFF) : load_lanes(from, lanes_mask(channels - c));
+  return pixel < 0 ? __m512{} : load_lanes(x + pixel * channels + c, lanes_mask(channels - c));
 }
 
 // `count` pairs of input pixels as (32 channels each, pairs, 32, 2); after them the pairs that begin at odd positions:

@@ -34,9 +34,7 @@ class SplitProducts {
     static thread_local Scratch<uint16_t> scratch;
     const int64_t rows = round_up(m, 32);
     const Halves split = halves<float>(scratch, rows * k);
-    for (int64_t i = 0; i < rows; ++i)
-      if (i < m) split_row(left + i * row_stride(k), k, k, split + i * k);
-      else zero_row(k, split + i * k);
+    split_rows(left, row_stride(k), m, k, rows, k, split);
     const Right factor{packed(const_cast<float*>(right), k, n), k / 32};
     amx::multiply<true>({split, 16 * k, 2 * k, 32}, factor, rows, round_up(n, 32), to, false, row_stride(n));
   }

@@ -183,6 +183,14 @@ inline void zero_row(int64_t padded, Halves to) {
   if (to.low) memset(to.low, 0, padded * 2);
 }
 
+// `rows` rows of `count` values, `stride` apart, then rows of zeros up to `padded_rows`.
+template <typename T>
+inline void split_rows(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t padded_rows, int64_t padded,
+                       Halves to) {
+  for (int64_t i = 0; i < rows; ++i) split_row(from + i * stride, count, padded, to + i * padded);
+  zero_row((padded_rows - rows) * padded, to + rows * padded);
+}
+
 inline void store_lanes(float* p, __m512 v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, v); }
 inline void store_lanes(bfloat16* p, __m512 v, __mmask16 mask) {
   _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
