@@ -198,8 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe&
   check_vector(bias_out, b.channels, x, op, "bias_out");
   const Tensor y = empty_images(x);
   const Tensor y_tangents = new_tangents(tangents, x, b.channels, b.height, b.width);
-  const Tensor kept = torch::stable::new_empty(x, {b.kept()});
-  const Tensor statistics = torch::stable::new_empty(x, {b.statistics()}, accumulate_type(x));
+  const Tensor kept = new_empty({b.kept()}, x.scalar_type());
+  const Tensor statistics = new_empty({b.statistics()}, accumulate_type(x));
   if (y.numel() == 0) {
     zero({kept, statistics});
     return {y, y_tangents, kept, statistics};
@@ -228,17 +228,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vjp(
   check_images_like(g, x, op, "g");
   check_kept(g, g_tangents, probes, kept, b.kept(), statistics, b.statistics(), op);
 
-  using torch::stable::new_empty;
   const auto vector = [&](int64_t size) { return new_vector(x, size); };
   const Tensor gx = empty_images(x);
   const Tensor gt = new_tangents(probes ? tangents : Maybe{}, x, b.channels, b.height, b.width);
   const Tensor ggamma = vector(b.channels), gbeta = vector(b.channels);
   const Tensor gbias = vector(weights ? 3 * b.channels : 0), gbias_out = vector(weights ? b.channels : 0);
   const auto gradient = [&](int64_t out) {
-    return new_empty(x, {weights ? out : 0, 1, 1, b.channels}, accumulate_type(x));
+    return new_images({weights ? out : 0, b.channels, 1, 1}, accumulate_type(x));
   };
   const Tensor gweight = gradient(3 * b.channels), gweight_out = gradient(b.channels);
-  const std::tuple result{gx, gt, ggamma, gbeta, channels_first(gweight), gbias, channels_first(gweight_out), gbias_out};
+  const std::tuple result{gx, gt, ggamma, gbeta, gweight, gbias, gweight_out, gbias_out};
   if (x.numel() == 0) {
     zero({gx, gt, ggamma, gbeta, gweight, gbias, gweight_out, gbias_out});
     return result;

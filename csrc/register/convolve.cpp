@@ -132,19 +132,19 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
     check_images_like(*tangents, x, "convolve_weight", "tangents", 1);
   }
   STD_TORCH_CHECK(size == 1 || size == 3, "convolve_weight: size expected 1 or 3");
-  Tensor stored = torch::stable::new_empty(x, {channels, size, size, in_channels}, accumulate_type(x));
+  Tensor gweight = new_images({channels, in_channels, size, size}, accumulate_type(x));
   Tensor gbias = new_vector(x, channels);
   if (x.numel() == 0 || g.numel() == 0) {
-    torch::stable::zero_(stored);
+    torch::stable::zero_(gweight);
     torch::stable::zero_(gbias);
   } else {
     for_type(x.scalar_type(), "convolve_weight", [&]<typename T>() {
       amx::convolve_weight<T>(convolution(x, tangents ? count_images(*tangents) : 0, in_channels, channels, size),
-                              in<T>(x), in<T>(g), in<T>(tangents), in<T>(g_tangents), out<acc_t<T>>(stored),
+                              in<T>(x), in<T>(g), in<T>(tangents), in<T>(g_tangents), out<acc_t<T>>(gweight),
                               out<acc_t<T>>(gbias), 1);
     });
   }
-  return {channels_first(stored), gbias};
+  return {gweight, gbias};
 }
 
 }  // namespace

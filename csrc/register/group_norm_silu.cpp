@@ -23,11 +23,11 @@ struct Sizes {
 
 Tensor bias_gradient(const Tensor& x, const Bias& bias) {
   if (!bias) return new_vector(x, 0);
-  return torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulate_type(x));
+  return new_empty({x.size(0), x.size(1)}, accumulate_type(x));
 }
 
 Tensor new_statistics(const Tensor& x, int64_t groups) {
-  return torch::stable::new_empty(x, {x.size(0), groups, 2}, accumulate_type(x));
+  return new_empty({x.size(0), groups, 2}, accumulate_type(x));
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Bias& bias, const Tensor& gamma, const Tensor& beta,
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jvp(const Tensor& x, const Tensor& ta
   check_images_like(tangents, x, "group_norm_silu_jvp", "tangents", 1);
   const int64_t probes = tangents.size(0);
   Tensor y = empty_images(x), ydot = empty_images(tangents), statistics = new_statistics(x, groups);
-  Tensor tangent_statistics = torch::stable::new_empty(x, {probes, s.batch, groups, 2}, accumulate_type(x));
+  Tensor tangent_statistics = new_empty({probes, s.batch, groups, 2}, accumulate_type(x));
   for_type(x.scalar_type(), "group_norm_silu_jvp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(group_norm_silu, (T), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y),

@@ -129,8 +129,8 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& bias, const
   check_vector(bias_out, b.out, x, op, "bias_out");
   const Tensor y = empty_images(x, b.out, b.rows, b.cols);
   const Tensor y_tangents = new_tangents(tangents, x, b.out, b.rows, b.cols);
-  const Tensor kept = torch::stable::new_empty(x, {b.kept()});
-  const Tensor statistics = torch::stable::new_empty(x, {b.statistics()}, accumulate_type(x));
+  const Tensor kept = new_empty({b.kept()}, x.scalar_type());
+  const Tensor statistics = new_empty({b.statistics()}, accumulate_type(x));
   if (y.numel() == 0) {
     zero({kept, statistics});
     return {y, y_tangents, kept, statistics};
@@ -187,21 +187,20 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
                   op, ": g expected ", b.batch, " x ", b.out, " x ", b.rows, " x ", b.cols, " of the dtype of x");
   check_kept(g, g_tangents, probes, kept, b.kept(), statistics, b.statistics(), op);
 
-  using torch::stable::new_empty;
   const auto vector = [&](int64_t size) { return new_vector(x, size); };
   const auto gradient = [&](int64_t in, int64_t size, bool wanted) {
-    return new_empty(x, {wanted ? b.out : 0, size, size, in}, accumulate_type(x));
+    return new_images({wanted ? b.out : 0, in, size, size}, accumulate_type(x));
   };
   const bool projects = shortcut.has_value();
   const Tensor gx = empty_images(x);
   const Tensor gt = new_tangents(probes ? tangents : Maybe{}, x, b.channels, b.height, b.width);
-  const Tensor gbias = new_empty(x, {b.batch, b.out}, accumulate_type(x)), gbias_out = vector(weights ? b.out : 0);
+  const Tensor gbias = new_empty({b.batch, b.out}, accumulate_type(x)), gbias_out = vector(weights ? b.out : 0);
   const Tensor ggamma_in = vector(b.channels), gbeta_in = vector(b.channels), ggamma_out = vector(b.out),
                gbeta_out = vector(b.out);
   const Tensor gweight_in = gradient(b.channels, 3, weights), gweight_out = gradient(b.out, 3, weights),
                gshortcut = gradient(b.channels, 1, weights && projects);
-  const Gradients result{gx, gt, gbias, ggamma_in, gbeta_in, channels_first(gweight_in), ggamma_out, gbeta_out,
-                         channels_first(gweight_out), gbias_out, channels_first(gshortcut)};
+  const Gradients result{gx, gt, gbias, ggamma_in, gbeta_in, gweight_in, ggamma_out, gbeta_out,
+                         gweight_out, gbias_out, gshortcut};
   if (x.numel() == 0 || g.numel() == 0) {
     zero({gx, gt, gbias, ggamma_in, gbeta_in, gweight_in, ggamma_out, gbeta_out, gweight_out, gbias_out, gshortcut});
     return result;

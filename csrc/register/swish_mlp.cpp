@@ -49,10 +49,9 @@ struct Shape {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& tangents,
                                                    const Tensor& parameters, std::vector<int64_t> widths, bool split) {
   const Shape s("swish_mlp", x, tangents, parameters, widths);
-  using torch::stable::new_empty;
-  Tensor y = new_empty(x, {s.rows, s.out}), y_tangents = new_empty(x, {s.probes, s.rows, s.out});
-  Tensor pre = new_empty(x, {s.rows, s.columns}, accumulate_type(x));
-  Tensor pre_tangents = new_empty(x, {s.probes, s.rows, s.columns}, accumulate_type(x));
+  Tensor y = new_empty({s.rows, s.out}, x.scalar_type()), y_tangents = new_empty({s.probes, s.rows, s.out}, x.scalar_type());
+  Tensor pre = new_empty({s.rows, s.columns}, accumulate_type(x));
+  Tensor pre_tangents = new_empty({s.probes, s.rows, s.columns}, accumulate_type(x));
   for_type(x.scalar_type(), "swish_mlp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(swish_mlp, (T), widths.data(), s.hidden, in<T>(x), in<T>(tangents), in<A>(parameters), out<T>(y),
@@ -71,9 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> vjp(const Tensor& g, const std::optional<Tens
   if (g_tangents) s.check_batch(*g_tangents, x, s.out, s.probes, "swish_mlp_vjp", "g_tangents");
   check_vector(pre, s.rows * s.columns, x, "swish_mlp_vjp", "pre");
   check_vector(pre_tangents, s.probes * s.rows * s.columns, x, "swish_mlp_vjp", "pre_tangents");
-  using torch::stable::new_empty;
   const int64_t rows = inputs ? s.rows : 0;
-  Tensor gx = new_empty(x, {rows, s.in}), gtangents = new_empty(x, {probes, rows, s.in});
+  Tensor gx = new_empty({rows, s.in}, x.scalar_type()), gtangents = new_empty({probes, rows, s.in}, x.scalar_type());
   Tensor gparameters = new_vector(x, weights ? parameters.numel() : 0);
   for_type(x.scalar_type(), "swish_mlp_vjp", [&]<typename T>() {
     using A = acc_t<T>;
