@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "blocks.h"
+#include "image_blocks.h"
 
 namespace qcsbm {
 namespace amx {
@@ -131,6 +131,7 @@ void attend_adjoint(const Attention& s, const double* g, const double* g_tangent
 
 }  // namespace amx
 
+namespace attention_block {
 namespace {
 
 // Checked sizes of one call.
@@ -188,7 +189,9 @@ struct Parts {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe& tangents, const Tensor& gamma,
+}  // namespace
+
+Result forward(const Tensor& x, const Maybe& tangents, const Tensor& gamma,
                                                    const Tensor& beta, const Tensor& weight, const Tensor& bias,
                                                    const Tensor& weight_out, const Tensor& bias_out, int64_t groups,
                                                    double eps, double scale) {
@@ -218,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Maybe&
   return {y, y_tangents, kept, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vjp(
+Gradients vjp(
     const Tensor& g, const Maybe& g_tangents, const Tensor& x, const Maybe& tangents, const Tensor& gamma,
     const Tensor& beta, const Tensor& weight, const Tensor& weight_out, const Tensor& kept, const Tensor& statistics,
     int64_t groups, double scale, bool weights) {
@@ -260,14 +263,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vjp(
   return result;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
   if (active_isa() != Isa::amx) return;
   m.impl("attention_block", TORCH_BOX(&forward));
   m.impl("attention_block_vjp", TORCH_BOX(&vjp));
 }
 
+}  // namespace attention_block
 }  // namespace qcsbm
 
 #endif

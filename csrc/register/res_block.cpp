@@ -2,9 +2,9 @@
 // another; the formula stands in qcsbm_fast/ops/res_block.py. Registered where csrc/amx is.
 #if defined(QCSBM_AMX)
 
-#include "blocks.h"
+#include "image_blocks.h"
 
-namespace qcsbm {
+namespace qcsbm::res_block {
 namespace {
 
 struct Filter {
@@ -116,7 +116,7 @@ struct Parts {
   }
 };
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
 Result forward(const Tensor& x, const Maybe& tangents, const Tensor& bias, const Tensor& gamma_in,
                const Tensor& beta_in, const Tensor& weight_in, const Tensor& gamma_out, const Tensor& beta_out,
@@ -168,9 +168,6 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& bias, const
   });
   return {y, y_tangents, kept, statistics};
 }
-
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const Maybe& tangents, const Tensor& bias,
               const Tensor& gamma_in, const Tensor& beta_in, const Tensor& weight_in, const Tensor& gamma_out,
@@ -250,14 +247,12 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
   return result;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
   if (active_isa() != Isa::amx) return;
   m.impl("res_block", TORCH_BOX(&forward));
   m.impl("res_block_vjp", TORCH_BOX(&vjp));
 }
 
-}  // namespace qcsbm
+}  // namespace qcsbm::res_block
 
 #endif

@@ -42,6 +42,23 @@ def add(a: V, b: V, scale: float = 1.0) -> V:
     return ops.scaled_add(a, b, scale)  # pyright: ignore[reportArgumentType]
 
 
+class Sum:
+    """`scale (a + b)`."""
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def __call__(self, a: V, b: V) -> V:
+        return add(a, b, self.scale)
+
+
+class Join:
+    """The channels of two images behind one another."""
+
+    def __call__(self, a: V, b: V) -> V:
+        return dual.cat([a, b], 1)  # pyright: ignore[reportReturnType]
+
+
 class Conv(nn.Module):
     """Convolution with a square kernel, `(B, C, H, W) -> (B, D, H', W')`; the weight is stored channels-last.
 
@@ -147,7 +164,9 @@ class ConvResample(nn.Module):
             self.upsample = Resample("up", taps, margin=int(self.filtered))
             self.conv = Conv(in_channels, out_channels, padding=0 if self.filtered else 1)
         else:
-            self.taps = [tap / sum(taps) for tap in taps] if taps is not None else None
+            if taps is not None:
+                self.taps = [tap / sum(taps) for tap in taps]
+                self.pad = ((len(taps) + 1) // 2, len(taps) // 2)
             self.conv = Conv(in_channels, out_channels, stride=2, padding=0)
 
     def forward(self, x: V) -> V:
@@ -158,4 +177,16 @@ class ConvResample(nn.Module):
     def _widen(self, x: Tensor) -> Tensor:
         if self.taps is None:
             return F.pad(x, (0, 1, 0, 1))
-        return ops.fir(x, self.taps, pad=((len(self.taps) + 1) // 2, len(self.taps) // 2))
+        return ops.fir(x, self.taps, pad=self.pad)
+
+
+class ToImage(nn.Module):
+    """Normalisation, SiLU and a 3 x 3 convolution: `(B, C, H, W) -> (B, D, H, W)`."""
+
+    def __init__(self, in_channels: int, out_channels: int, init_scale: float):
+        super().__init__()
+        self.norm = GroupNormSiLU(in_channels)
+        self.conv = Conv(in_channels, out_channels, init_scale=init_scale)
+
+    def forward(self, x: V) -> V:
+        return self.conv(self.norm(x))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
@@ -16,7 +17,8 @@ from .. import dual
 from ..dual import Dual, V
 from .attention import Attention
 from .embedding import FourierFeatures, NoiseEmbedding, PositionalFeatures
-from .image_layers import Conv, ConvResample, GroupNormSiLU, Resample, add, channels_last
+from .image_layers import Conv, ConvResample, Join, Resample, Sum, ToImage, channels_last
+from .program import NetworkProgram
 from .res_block import ResBlock, noise_biases
 
 # Settings of the authors' configurations that the network has in one form only.
@@ -150,18 +152,6 @@ class Level(nn.Module):
         self.resample = self.pyramid_resample = self.pyramid = None
 
 
-class ToImage(nn.Module):
-    """Normalisation, SiLU and a 3 x 3 convolution: `(B, C, H, W) -> (B, D, H, W)`."""
-
-    def __init__(self, in_channels: int, out_channels: int, init_scale: float):
-        super().__init__()
-        self.norm = GroupNormSiLU(in_channels)
-        self.conv = Conv(in_channels, out_channels, init_scale=init_scale)
-
-    def forward(self, x: V) -> V:
-        return self.conv(self.norm(x))
-
-
 class NCSNpp(nn.Module):
     """The field `f(x, sigma)`, `(B, C, H, W), (B,) -> (B, C, H, W)`, for tensors and duals; the score is `f /
     sigma`.
@@ -261,94 +251,115 @@ class NCSNpp(nn.Module):
         self.output = (
             None if c.progressive == "output_skip" else ToImage(channels, c.num_channels, c.init_scale)
         )
+        self._sum, self._join = Sum(c.scale), Join()
         self._blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        self._found: NetworkProgram | None = None
 
     def forward(self, x: V, sigma: Tensor) -> V:
         c = self.config
-        biases = self._noise_biases(sigma)
         x = channels_last(x)
         if not c.centered:
             x = x * 2.0 - 1.0
+        x = dual.autocast(x)
+        biases = self._noise_biases(sigma)
+        recomputes = self.checkpoint_activations and torch.is_grad_enabled()
+        program = None if recomputes or torch.compiler.is_compiling() else self._program()
+        if program is not None and program.fits(x):
+            output: Any = program(x, biases)
+        else:
+            output = self._layout(self._runner(biases, recomputes), x)
+        return output if c.scale_by_sigma else output * sigma[:, None, None, None].to(output.dtype)
 
+    def _layout(self, run: Callable[..., Any], x: Any) -> Any:
+        """The network: `run(part, *values)` is what a part makes of values, of which `x` is the first."""
         pyramid = x
-        skips = [self.input(x)]
+        skips = [run(self.input, x)]
         for level in self.down:
             for index, block in enumerate(level.blocks):
-                h = self._run(block, skips[-1], biases[block])
+                h = run(block, skips[-1])
                 if level.attention:
-                    h = self._run(level.attention[index], h)
+                    h = run(level.attention[index], h)
                 skips.append(h)
             if level.resample is not None:
-                h = self._resample(level, skips[-1], biases)
-                h, pyramid = self._merge_input(level, h, pyramid)
+                h = run(level.resample, skips[-1])
+                h, pyramid = self._merge_input(run, level, h, pyramid)
                 skips.append(h)
 
-        first, attention, second = self.middle
-        h = self._run(attention, self._run(first, skips[-1], biases[first]))
-        h = self._run(second, h, biases[second])
+        h = skips[-1]
+        for part in self.middle:
+            h = run(part, h)
 
         output: Any = None
         for level in self.up:
             for block in level.blocks:
-                h = self._run(block, dual.cat([h, skips.pop()], 1), biases[block])
+                h = run(block, run(self._join, h, skips.pop()))
             for attention in level.attention:
-                h = self._run(attention, h)
-            h, output = self._merge_output(level, h, output)
+                h = run(attention, h)
+            h, output = self._merge_output(run, level, h, output)
             if level.resample is not None:
-                h = self._resample(level, h, biases)
-        if self.output is not None:
-            output = self.output(h)
-        return output if c.scale_by_sigma else output * sigma[:, None, None, None].to(output.dtype)
+                h = run(level.resample, h)
+        return output if self.output is None else run(self.output, h)
 
-    def _noise_biases(self, sigma: Tensor) -> dict[nn.Module, Tensor]:
-        """Of all blocks; on the CPU without autocast, whose casts would be more work than this is."""
-        with torch.autocast("cpu", enabled=False):
-            embedding = None if self.embed is None else self.embed(self.features(sigma))
-            return noise_biases(self._blocks, embedding, sigma.shape[0])
-
-    def _resample(self, level: Level, h: V, biases: Mapping[nn.Module, Tensor]) -> V:
-        if isinstance(level.resample, ResBlock):
-            return self._run(level.resample, h, biases[level.resample])
-        return level.resample(h)
-
-    def _run(self, part: nn.Module, x: Any, *bias: Tensor) -> Any:
-        """`part(x, *bias)`, with `checkpoint_activations` to be run again in the backward pass."""
-        if not (self.checkpoint_activations and torch.is_grad_enabled()):
-            return part(x, *bias)
-        again = partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=self.training and self.config.dropout > 0
-        )
-        if not isinstance(x, Dual):
-            return again(part, x, *bias)
-
-        # of tensors: checkpointing looks for the device among its arguments
-        def push(primal: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-            pushed = part(Dual(primal, tangents), *bias)
-            return pushed.primal, pushed.tangents
-
-        return Dual(*again(push, x.primal, x.tangents))
-
-    def _merge_input(self, level: Level, h: Any, pyramid: Any) -> tuple[Any, Any]:
+    def _merge_input(self, run: Callable[..., Any], level: Level, h: Any, pyramid: Any) -> tuple[Any, Any]:
         """The features `h` with the downsampled input, and the input for the next level."""
         c = self.config
         if c.progressive_input == "none":
             return h, pyramid
-        pyramid = level.pyramid_resample(pyramid)
+        pyramid = run(level.pyramid_resample, pyramid)
         if c.progressive_input == "residual":
-            h = add(pyramid, h, c.scale)
+            h = run(self._sum, pyramid, h)
             return h, h
-        features = level.pyramid(pyramid)
-        return (dual.cat([features, h], 1) if c.progressive_combine == "cat" else add(features, h)), pyramid
+        features = run(level.pyramid, pyramid)
+        return run(self._join if c.progressive_combine == "cat" else Sum(), features, h), pyramid
 
-    def _merge_output(self, level: Level, h: Any, output: Any) -> tuple[Any, Any]:
+    def _merge_output(self, run: Callable[..., Any], level: Level, h: Any, output: Any) -> tuple[Any, Any]:
         """The features `h` and what the levels so far make of the output."""
         c = self.config
         if c.progressive == "none":
             return h, None
         if output is None:
-            return h, level.pyramid(h)
-        output = level.pyramid_resample(output)
+            return h, run(level.pyramid, h)
+        output = run(level.pyramid_resample, output)
         if c.progressive == "output_skip":
-            return h, add(output, level.pyramid(h))
-        h = add(output, h, c.scale)
+            return h, run(Sum(), output, run(level.pyramid, h))
+        h = run(self._sum, output, h)
         return h, h
+
+    def _noise_biases(self, sigma: Tensor) -> Tensor:
+        """Of all blocks, `(B, columns)`; on the CPU without autocast, whose casts would be more work than this is."""
+        with torch.autocast("cpu", enabled=False):
+            embedding = None if self.embed is None else self.embed(self.features(sigma))
+            return noise_biases(self._blocks, embedding, sigma.shape[0])
+
+    def _program(self) -> NetworkProgram:
+        """The layout as one call."""
+        if self._found is None or not self._found.current():
+            columns = itertools.accumulate((len(block.conv_in.bias) for block in self._blocks), initial=0)
+            self._found = NetworkProgram(self, self._layout, dict(zip(self._blocks, columns, strict=False)))
+        return self._found
+
+    def _runner(self, biases: Tensor, recomputes: bool) -> Callable[..., Any]:
+        """Calls a part; blocks that are to be recomputed run again in the backward pass."""
+        columns = biases.split([len(block.conv_in.bias) for block in self._blocks], 1)
+        of_block = dict(zip(self._blocks, columns, strict=True))
+        again = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=self.training and self.config.dropout > 0
+        )
+
+        def run(part: Any, *values: Any) -> Any:
+            if part in of_block:
+                values += (of_block[part],)
+            if not recomputes or not isinstance(part, ResBlock | Attention):
+                return part(*values)
+            x, *bias = values
+            if not isinstance(x, Dual):
+                return again(part, x, *bias)
+
+            # of tensors: checkpointing looks for the device among its arguments
+            def push(primal: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+                pushed = part(Dual(primal, tangents), *bias)
+                return pushed.primal, pushed.tangents
+
+            return Dual(*again(push, x.primal, x.tangents))
+
+        return run

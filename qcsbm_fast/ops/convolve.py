@@ -142,12 +142,19 @@ _weight.set_backward(_weight_backward, _weight_save)
 _HAS_REGISTERS = backend.has_kernel("convolve", "cpu")
 
 
-def has_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether `convolve` has a kernel for these images, in the precision allowed, and for this weight."""
+def has_registers(x: Tensor) -> bool:
+    """Whether the kernels of matrix registers take these images, in the precision allowed."""
     return (
         _HAS_REGISTERS
         and (x.dtype == torch.bfloat16 or (split.allowed and x.dtype == torch.float32))
         and x.device.type == "cpu"
+    )
+
+
+def has_convolution(x: Tensor, weight: Tensor) -> bool:
+    """Whether `convolve` has a kernel for these images, in the precision allowed, and for this weight."""
+    return (
+        has_registers(x)
         and weight.dtype == torch.float32
         and weight.shape[2:] in ((3, 3), (1, 1))
         and min(weight.shape[:2]) >= _LEAST_CHANNELS
