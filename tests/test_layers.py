@@ -291,12 +291,12 @@ def test_spoiled_calls_are_refused() -> None:
     x, t, u, w, sigma = draw(net, 1, torch.float32)
     prog, rng = net._program(), random.Random(0)
     parameters = [p.detach() for p in prog._parameters()]
-    biases = net._noise_biases(sigma).detach()
+    embedding = net.embed(net.features(sigma)).detach()
     last = [v.contiguous(memory_format=torch.channels_last) for v in (x, u)]
     (x, u), (t, w) = last, (ops.layout.to_channels_last(v) for v in (t, w))
     fields, numbers = prog._program.fields, prog._program.numbers
     call, adjoint = torch.ops.qcsbm.layers.default, torch.ops.qcsbm.layers_vjp.default
-    _, _, *kept = call(x, t, biases, parameters, fields, numbers, True)
+    _, _, *kept = call(x, t, embedding, parameters, fields, numbers, True)
 
     def spoil(values: list[Any]) -> list[Any]:
         values, at = list(values), rng.randrange(len(values))
@@ -317,9 +317,9 @@ def test_spoiled_calls_are_refused() -> None:
         p, k, f, n = given
         try:
             if rng.random() < 0.3:
-                call(x, t, biases, p, f, n, True)
+                call(x, t, embedding, p, f, n, True)
             else:
-                adjoint(u, w, x, t, biases, p, k, f, n, True, True)
+                adjoint(u, w, x, t, embedding, p, k, f, n, True, True)
         except RuntimeError:
             refused += 1
     assert refused > 300

@@ -37,6 +37,23 @@ inline Tensor sum_of(const Tensor& a, const Tensor& b) {
   return result;
 }
 
+// The bias of a residual block, (B, D): the first convolution's, and what the block makes of the embedding.
+inline Tensor noise_bias(const Layers& l, const Step& step) {
+  const amx::NoiseBias shape = l.noise_bias(step);
+  const int64_t e = step.embedding();
+  const Tensor &own = step.parameter(3), result = new_empty({shape.batch, shape.channels}, own.scalar_type());
+  for_real(own, [&]<typename A>() {
+    if (step.has_embedding()) {
+      const Tensor offset = sum_of(own, step.parameter(e + 1));
+      amx::noise_bias<A>(shape, in<A>(*l.embedding), in<A>(step.parameter(e)), in<A>(offset), out<A>(result));
+    } else {
+      for (int64_t b = 0; b < shape.batch; ++b)
+        std::copy_n(in<A>(own), shape.channels, out<A>(result) + b * shape.channels);
+    }
+  });
+  return result;
+}
+
 // Query, key and value (C, *) one behind the other, the query `factor` times; and the gradients of these, apart.
 inline void copy_projection(const Tensor (&parts)[3], const Tensor& whole, double factor, bool apart) {
   for_real(whole, [&]<typename A>() {

@@ -31,12 +31,13 @@ Value push(const Layers& l, const Step& step, const Value& a, const Value& b, st
   const Shape& shape = l.first(step);
   switch (step[kKind]) {
     case kResBlock: {
-      const Maybe shortcut = step.has_shortcut() ? Maybe(step.parameter(7)) : Maybe();
-      const Tensor bias_out = shortcut ? sum_of(step.parameter(6), step.parameter(8)) : step.parameter(6);
+      const int64_t s = step.shortcut();
+      const Maybe shortcut = step.has_shortcut() ? Maybe(step.parameter(s)) : Maybe();
+      const Tensor bias_out = shortcut ? sum_of(step.parameter(7), step.parameter(s + 1)) : step.parameter(7);
       auto [y, y_tangents, images, statistics] = res_block::forward(
-          a.images, a.tangents, l.bias(step), step.parameter(0), step.parameter(1), step.parameter(2),
-          step.parameter(3), step.parameter(4), step.parameter(5), bias_out, shortcut, step.own(1), step.own(2), step.number(0),
-          step.number(1), step.numbers_from(2, step.own(7)), step.own(4), step.own(5), step.own(6));
+          a.images, a.tangents, noise_bias(l, step), step.parameter(0), step.parameter(1), step.parameter(2),
+          step.parameter(4), step.parameter(5), step.parameter(6), bias_out, shortcut, step.own(1), step.own(2),
+          step.number(0), step.number(1), step.numbers_from(2, step.own(7)), step.own(4), step.own(5), step.own(6));
       kept = {images, statistics};
       return {y, tangents ? Maybe(y_tangents) : Maybe()};
     }
@@ -79,9 +80,10 @@ Value push(const Layers& l, const Step& step, const Value& a, const Value& b, st
 
 // Returns the result, its tangents and, with `keep`, what the adjoint reads again: the values that it does, each with
 // its tangents, then what every step keeps.
-std::vector<Tensor> forward(const Tensor& x, const Maybe& tangents, const Tensor& biases, std::vector<Tensor> parameters,
-                            std::vector<int64_t> program, std::vector<double> numbers, bool keep) {
-  const Layers l(x, tangents, biases, parameters, program, numbers);
+std::vector<Tensor> forward(const Tensor& x, const Maybe& tangents, const Maybe& embedding,
+                            std::vector<Tensor> parameters, std::vector<int64_t> program,
+                            std::vector<double> numbers, bool keep) {
+  const Layers l(x, tangents, embedding, parameters, program, numbers);
   std::vector<Value> values(l.shapes.size(), Value{x, tangents});
   std::vector<Tensor> kept_values, kept;
   for (int64_t i = 0; i < l.count(); ++i) {

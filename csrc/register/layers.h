@@ -1,6 +1,7 @@
 // A program of layers, checked for one batch; see qcsbm_fast/ops/layers.py.
 #pragma once
 
+#include "../amx/noise_bias.h"
 #include "../amx/patches.h"
 #include "image_blocks.h"
 
@@ -45,11 +46,15 @@ struct Step {
     const auto first = numbers.begin() + fields[kNumber] + i;
     return {first, first + count};
   }
+  bool has_embedding() const { return own(0); }
   bool has_shortcut() const { return own(3); }
+  // Of a residual block, behind those that every one has.
+  int64_t shortcut() const { return 8; }
+  int64_t embedding() const { return has_shortcut() ? 10 : 8; }
 
   int64_t tensors() const {
     switch (fields[kKind]) {
-      case kResBlock: return has_shortcut() ? 9 : 7;
+      case kResBlock: return embedding() + (has_embedding() ? 2 : 0);
       case kAttention: return 10;
       case kConvolution: case kNorm: return 2;
       default: return 0;
@@ -95,9 +100,9 @@ struct Windows {
 // The checked program for one batch.
 class Layers {
  public:
-  Layers(const Tensor& x, const Maybe& tangents, const Tensor& biases, const std::vector<Tensor>& parameters,
+  Layers(const Tensor& x, const Maybe& tangents, const Maybe& embedding, const std::vector<Tensor>& parameters,
          const std::vector<int64_t>& program, const std::vector<double>& numbers)
-      : type(x.scalar_type()), biases_(biases), parameters_(parameters) {
+      : embedding(embedding), type(x.scalar_type()) {
     check_images(x, kName, "x");
     STD_TORCH_CHECK(x.dim() == 4, kName, ": x expected (B, C, H, W)");
     batch = x.size(0);
@@ -105,11 +110,14 @@ class Layers {
       check_images_like(*tangents, x, kName, "tangents", 1);
       probes = tangents->size(0);
     }
-    STD_TORCH_CHECK(biases.dim() == 2, kName, ": biases expected (B, columns)");
-    check_vector(biases, batch * biases.size(1), x, kName, "biases");
+    if (embedding) {
+      STD_TORCH_CHECK(embedding->dim() == 2, kName, ": embedding expected (B, E)");
+      check_vector(*embedding, batch * embedding->size(1), x, kName, "embedding");
+    }
     STD_TORCH_CHECK(!program.empty() && program.size() % kFields == 0, kName, ": program expected steps of ", kFields);
     shapes.push_back({x.size(1), x.size(2), x.size(3)});
     last_use_.push_back(0);
+    int64_t tensors = 0;
     for (size_t at = 0; at < program.size(); at += kFields) {
       const int64_t index = count();
       const Step step{index, program.data() + at, parameters, numbers};
@@ -119,9 +127,10 @@ class Layers {
       const bool pair = step[kKind] == kSum || step[kKind] == kJoin;
       STD_TORCH_CHECK(inside(step[kKind], 1, kKinds) && inside(step[kFirst], 1, index + 1) &&
                           (pair ? inside(step[kSecond], 1, index + 1) : !step.has_second()) &&
-                          inside(step[kParameter], step.tensors(), parameters.size()) &&
+                          step[kParameter] == tensors && inside(tensors, step.tensors(), parameters.size()) &&
                           inside(step[kNumber], step.count_numbers(), numbers.size()),
                       kName, ": step ", index, " of program reads what is not there");
+      tensors += step.tensors();
       steps.push_back(step);
       const Shape made = result(step);
       STD_TORCH_CHECK(batch * std::max<int64_t>(1, probes) * made.rows * made.cols < int64_t{1} << 31, kName,
@@ -131,6 +140,7 @@ class Layers {
       last_use_[step[kFirst]] = index;
       if (pair) last_use_[step[kSecond]] = index;
     }
+    STD_TORCH_CHECK(tensors == static_cast<int64_t>(parameters.size()), kName, ": parameters expected ", tensors);
     kept_value_.resize(shapes.size());
     for (const Step& step : steps)
       if (step.keeps_value()) kept_value_[step[kFirst]] = true;
@@ -153,17 +163,11 @@ class Layers {
     return {first(step), shape_of_convolution(step), step.parameter(0).size(2), step.own(0), step.own(1)};
   }
 
-  // The columns of the biases that belong to a block, (B, D).
-  Tensor bias(const Step& step) const {
-    const int64_t width = step.parameter(2).size(0), all = biases_.size(1);
-    const Tensor result = new_empty({batch, width}, biases_.scalar_type());
-    for_real(result, [&]<typename A>() {
-      for (int64_t b = 0; b < batch; ++b)
-        std::copy_n(in<A>(biases_) + b * all + step.own(0), width, out<A>(result) + b * width);
-    });
-    return result;
+  amx::NoiseBias noise_bias(const Step& step) const {
+    return {batch, step.parameter(2).size(0), step.has_embedding() ? embedding->size(1) : 0};
   }
 
+  const Maybe& embedding;
   std::vector<Step> steps;
   std::vector<Shape> shapes;
   ScalarType type;
@@ -180,13 +184,15 @@ class Layers {
     switch (step[kKind]) {
       case kResBlock: {
         STD_TORCH_CHECK(step.parameter(2).dim() == 4, kName, ": a block expected weights (D, C, 3, 3)");
-        const int64_t out = step.parameter(2).size(0), up = step.own(4), down = step.own(5);
-        STD_TORCH_CHECK(!step.has_shortcut() ||
-                            (is_vector(step.parameter(6), out) && is_vector(step.parameter(8), out)),
+        const int64_t out = step.parameter(2).size(0), up = step.own(4), down = step.own(5), e = step.embedding();
+        STD_TORCH_CHECK(is_vector(step.parameter(3), out) && is_vector(step.parameter(7), out) &&
+                            (!step.has_shortcut() || is_vector(step.parameter(step.shortcut() + 1), out)),
                         kName, ": a block expected biases of ", out, " numbers, float32 or float64");
+        STD_TORCH_CHECK(!step.has_embedding() ||
+                            (embedding && is_vector(step.parameter(e), out * embedding->size(1)) &&
+                             is_vector(step.parameter(e + 1), out)),
+                        kName, ": embedding expected (B, E), and weights (D, E) and biases (D,) for it");
         STD_TORCH_CHECK(up >= 1 && up <= 2 && down >= 1 && down <= 2, kName, ": up, down expected 1 or 2");
-        STD_TORCH_CHECK(step.own(0) >= 0 && step.own(0) <= biases_.size(1) - out, kName,
-                        ": biases expected a column for each channel of the blocks");
         return {out, in.rows * up / down, in.cols * up / down};
       }
       case kConvolution: return shape_of_convolution(step);
@@ -241,8 +247,6 @@ class Layers {
   }
   bool is_vector(const Tensor& t, int64_t size) const { return is_real(t) && t.is_contiguous() && t.numel() == size; }
 
-  const Tensor& biases_;
-  const std::vector<Tensor>& parameters_;
   std::vector<int64_t> last_use_;
   std::vector<bool> kept_value_;
 };

@@ -11,7 +11,7 @@ struct Adjoint {
   const Layers& l;
   int64_t probes;       // of which cotangents are given
   bool weights;         // whether gradients of parameters are wanted
-  Tensor gbiases;
+  Tensor gembedding;
   std::vector<Tensor> gparameters;
   std::vector<std::optional<Value>> cotangents;
   std::vector<bool> wanted;  // cotangents
@@ -33,6 +33,7 @@ struct Adjoint {
 
   void pull(const Step& step, const Value& g, const Value& a, const Tensor* kept);
   void pull_convolution(const Step& step, const Value& g, const Value& a);
+  std::pair<Tensor, Tensor> pull_noise_bias(const Step& step, const Tensor& gbias);
 };
 
 void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a) {
@@ -75,29 +76,46 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
   });
 }
 
+// The gradients of a block's weight for the embedding and of its first convolution's bias; adds to the embedding's.
+std::pair<Tensor, Tensor> Adjoint::pull_noise_bias(const Step& step, const Tensor& gbias) {
+  const amx::NoiseBias shape = l.noise_bias(step);
+  const Tensor gweight = new_empty({shape.channels, shape.width}, gbias.scalar_type());
+  const Tensor goffset = new_empty({shape.channels}, gbias.scalar_type());
+  for_real(gbias, [&]<typename A>() {
+    const A* const none = nullptr;
+    const bool given = step.has_embedding();
+    amx::noise_bias_adjoint<A>(shape, in<A>(gbias), given ? in<A>(*l.embedding) : none,
+                               given ? in<A>(step.parameter(step.embedding())) : none, out<A>(gembedding),
+                               out<A>(gweight), out<A>(goffset));
+  });
+  return {gweight, goffset};
+}
+
 void Adjoint::pull(const Step& step, const Value& g, const Value& a, const Tensor* kept) {
   const bool tangents = g.tangents.has_value();
   const Shape& shape = l.first(step);
   switch (step[kKind]) {
     case kResBlock: {
-      const Maybe shortcut = step.has_shortcut() ? Maybe(step.parameter(7)) : Maybe();
+      const int64_t s = step.shortcut(), first = step[kParameter];
+      const Maybe shortcut = step.has_shortcut() ? Maybe(step.parameter(s)) : Maybe();
       const auto [gx, gt, gbias, ggamma_in, gbeta_in, gweight_in, ggamma_out, gbeta_out, gweight_out, gbias_out,
                   gshortcut] =
-          res_block::vjp(g.images, g.tangents, a.images, a.tangents, l.bias(step), step.parameter(0), step.parameter(1),
-                         step.parameter(2), step.parameter(3), step.parameter(4), step.parameter(5), shortcut, kept[0],
-                         kept[1], step.own(1), step.own(2), step.number(1), step.numbers_from(2, step.own(7)),
-                         step.own(4), step.own(5), step.own(6), weights);
-      set(step, ggamma_in, gbeta_in, gweight_in, ggamma_out, gbeta_out, gweight_out, gbias_out);
-      if (weights && shortcut) {
-        gparameters[step[kParameter] + 7] = gshortcut;
-        gparameters[step[kParameter] + 8] = gbias_out;
+          res_block::vjp(g.images, g.tangents, a.images, a.tangents, noise_bias(l, step), step.parameter(0),
+                         step.parameter(1), step.parameter(2), step.parameter(4), step.parameter(5), step.parameter(6),
+                         shortcut, kept[0], kept[1], step.own(1), step.own(2), step.number(1),
+                         step.numbers_from(2, step.own(7)), step.own(4), step.own(5), step.own(6), weights);
+      if (weights) {
+        const auto [gembed, goffset] = pull_noise_bias(step, gbias);
+        set(step, ggamma_in, gbeta_in, gweight_in, goffset, ggamma_out, gbeta_out, gweight_out, gbias_out);
+        if (shortcut) {
+          gparameters[first + s] = gshortcut;
+          gparameters[first + s + 1] = torch::stable::clone(gbias_out);
+        }
+        if (step.has_embedding()) {
+          gparameters[first + step.embedding()] = gembed;
+          gparameters[first + step.embedding() + 1] = torch::stable::clone(goffset);
+        }
       }
-      if (weights)
-        for_real(gbias, [&]<typename A>() {
-          const int64_t width = gbias.size(1), all = gbiases.size(1);
-          for (int64_t b = 0; b < l.batch; ++b)
-            std::copy_n(in<A>(gbias) + b * width, width, out<A>(gbiases) + b * all + step.own(0));
-        });
       return add(step[kFirst], {gx, tangents ? Maybe(gt) : Maybe()});
     }
     case kAttention: {
@@ -160,12 +178,12 @@ void Adjoint::pull(const Step& step, const Value& g, const Value& a, const Tenso
   }
 }
 
-// Returns the gradients of x and of its tangents, or nothing in their place unless `inputs` are wanted, and, if `weights`
-// are, those of the biases and of every parameter.
+// Returns the gradients of x and of its tangents, or nothing in their place unless `inputs` are wanted, and, if
+// `weights` are, those of the embedding and of every parameter.
 std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const Maybe& tangents,
-                        const Tensor& biases, std::vector<Tensor> parameters, std::vector<Tensor> kept,
+                        const Maybe& embedding, std::vector<Tensor> parameters, std::vector<Tensor> kept,
                         std::vector<int64_t> program, std::vector<double> numbers, bool inputs, bool weights) {
-  const Layers l(x, tangents, biases, parameters, program, numbers);
+  const Layers l(x, tangents, embedding, parameters, program, numbers);
   const Shape& shape = l.shapes[l.count()];
   check_images(g, kName, "g");
   STD_TORCH_CHECK(g.dim() == 4 && g.size(0) == l.batch && g.size(1) == shape.channels && g.size(2) == shape.rows &&
@@ -205,7 +223,9 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
     for (int64_t k = 0; k < l.steps[i].kept(); ++k) take();
   }
 
-  Adjoint adjoint{l, g_tangents ? l.probes : 0, weights, new_empty(sizes_of(biases), biases.scalar_type()), {}, {}, {}};
+  Tensor gembedding = embedding ? new_empty(sizes_of(*embedding), embedding->scalar_type()) : new_vector(x, 0);
+  torch::stable::zero_(gembedding);
+  Adjoint adjoint{l, g_tangents ? l.probes : 0, weights, gembedding, {}, {}, {}};
   if (weights) adjoint.gparameters.resize(parameters.size(), x);
   adjoint.cotangents.resize(l.shapes.size());
   adjoint.wanted.push_back(inputs);
@@ -226,7 +246,7 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
     if (g_tangents) result[1] = *adjoint.cotangents[0]->tangents;
   }
   if (weights) {
-    result.push_back(adjoint.gbiases);
+    result.push_back(gembedding);
     result.insert(result.end(), adjoint.gparameters.begin(), adjoint.gparameters.end());
   }
   return result;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -261,13 +260,14 @@ class NCSNpp(nn.Module):
         if not c.centered:
             x = x * 2.0 - 1.0
         x = dual.autocast(x)
-        biases = self._noise_biases(sigma)
+        with torch.autocast("cpu", enabled=False):  # its casts would be more work than this is
+            embedding = None if self.embed is None else self.embed(self.features(sigma))
         recomputes = self.checkpoint_activations and torch.is_grad_enabled()
         program = None if recomputes or torch.compiler.is_compiling() else self._program()
         if program is not None and program.fits(x):
-            output: Any = program(x, biases)
+            output: Any = program(x, embedding)
         else:
-            output = self._layout(self._runner(biases, recomputes), x)
+            output = self._layout(self._runner(embedding, len(sigma), recomputes), x)
         return output if c.scale_by_sigma else output * sigma[:, None, None, None].to(output.dtype)
 
     def _layout(self, run: Callable[..., Any], x: Any) -> Any:
@@ -325,30 +325,23 @@ class NCSNpp(nn.Module):
         h = run(self._sum, output, h)
         return h, h
 
-    def _noise_biases(self, sigma: Tensor) -> Tensor:
-        """Of all blocks, `(B, columns)`; on the CPU without autocast, whose casts would be more work than this is."""
-        with torch.autocast("cpu", enabled=False):
-            embedding = None if self.embed is None else self.embed(self.features(sigma))
-            return noise_biases(self._blocks, embedding, sigma.shape[0])
-
     def _program(self) -> NetworkProgram:
         """The layout as one call."""
         if self._found is None or not self._found.current():
-            columns = itertools.accumulate((len(block.conv_in.bias) for block in self._blocks), initial=0)
-            self._found = NetworkProgram(self, self._layout, dict(zip(self._blocks, columns, strict=False)))
+            self._found = NetworkProgram(self, self._layout)
         return self._found
 
-    def _runner(self, biases: Tensor, recomputes: bool) -> Callable[..., Any]:
+    def _runner(self, embedding: Tensor | None, batch: int, recomputes: bool) -> Callable[..., Any]:
         """Calls a part; blocks that are to be recomputed run again in the backward pass."""
-        columns = biases.split([len(block.conv_in.bias) for block in self._blocks], 1)
-        of_block = dict(zip(self._blocks, columns, strict=True))
+        with torch.autocast("cpu", enabled=False):
+            biases = noise_biases(self._blocks, embedding, batch)
         again = partial(
             checkpoint, use_reentrant=False, preserve_rng_state=self.training and self.config.dropout > 0
         )
 
         def run(part: Any, *values: Any) -> Any:
-            if part in of_block:
-                values += (of_block[part],)
+            if part in biases:
+                values += (biases[part],)
             if not recomputes or not isinstance(part, ResBlock | Attention):
                 return part(*values)
             x, *bias = values

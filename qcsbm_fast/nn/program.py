@@ -28,12 +28,10 @@ class NetworkProgram:
     Args:
         network: of parts of this package; one with a part of another class, be it a subclass, has no program.
         layout: a function of a runner and a value.
-        columns: the first of each residual block in the biases.
     """
 
-    def __init__(self, network: nn.Module, layout: Callable[[Any, Any], Any], columns: dict[nn.Module, int]):
+    def __init__(self, network: nn.Module, layout: Callable[[Any, Any], Any]):
         self._program = Program()
-        self._columns = columns
         self._slots: list[tuple[dict[str, Any], str]] = []
         self._places = [
             (owner._modules, name, part, type(part))
@@ -62,17 +60,31 @@ class NetworkProgram:
             and not torch._C._len_torch_dispatch_stack()
             and not hooks._has_any_global_hook()
             and not any(part.training and part.p for part in self._dropouts)
-            and all(_is_untouched(part, kind) for _, _, part, kind in self._places)
+            and self._untouched()
             and all(type(value) is Tensor for value in values)
             and all(map(_is_plain, self._parameters()))
         )
 
-    def __call__(self, x: V, biases: Tensor) -> V:
-        """The layout's result for `x` `(B, C, H, W)` and the biases of all blocks, `(B, columns)`."""
-        return dual.through(self._push, x, biases)
+    def _untouched(self) -> bool:
+        for _, _, part, kind in self._places:
+            state = part.__dict__  # past the module's own search for names: this runs at every call
+            if (
+                type(part) is not kind
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+                or "forward" in state
+            ):
+                return False
+        return True
 
-    def _push(self, x: Tensor, tangents: Tensor | None, biases: Tensor) -> tuple[Tensor, Tensor]:
-        return layers(self._program, x, tangents, biases, self._parameters())
+    def __call__(self, x: V, embedding: Tensor | None) -> V:
+        """The layout's result for `x` `(B, C, H, W)` and the embedding of the noise level, `(B, E)`."""
+        return dual.through(self._push, x, embedding)
+
+    def _push(self, x: Tensor, tangents: Tensor | None, embedding: Any) -> tuple[Tensor, Tensor]:
+        return layers(self._program, x, tangents, embedding, self._parameters())
 
     def _parameters(self) -> list[Any]:
         return [owner.get(name) for owner, name in self._slots]
@@ -94,13 +106,13 @@ class NetworkProgram:
     def _res_block(self, block: ResBlock, x: int) -> int:
         first, second, shortcut, f = block.norm_in, block.norm_out, block.shortcut, block.resample
         parameters = [
-            *_of(first, "gamma", "beta"), (block.conv_in, "weight"), *_of(second, "gamma", "beta"),
-            *_of(block.conv_out, "weight", "bias"), *([] if shortcut is None else _of(shortcut, "weight", "bias")),
+            *_of(first, "gamma", "beta"), *_of(block.conv_in, "weight", "bias"),
+            *_of(second, "gamma", "beta"), *_of(block.conv_out, "weight", "bias"),
+            *(place for layer in (shortcut, block.embed) if layer for place in _of(layer, "weight", "bias")),
         ]  # fmt: skip
         taps, up, down, before = ([], 1, 1, 0) if f is None else (f.taps, f.up, f.down, f.pad[0])
-        own = (
-            self._columns[block], first.groups, second.groups, int(shortcut is not None), up, down, before, len(taps),
-        )  # fmt: skip
+        parts = int(block.embed is not None), int(shortcut is not None)
+        own = (parts[0], first.groups, second.groups, parts[1], up, down, before, len(taps))
         return self._add(
             Step.RES_BLOCK, x, parameters=parameters, numbers=(_EPS, block.scale, *taps), own=own
         )
@@ -157,16 +169,6 @@ _STEPS: dict[type, Callable[..., int]] = {
 
 def _of(module: nn.Module, *names: str) -> list[tuple[nn.Module, str]]:
     return [(module, name) for name in names]
-
-
-def _is_untouched(part: nn.Module, kind: type) -> bool:
-    return type(part) is kind and not (
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "forward" in part.__dict__
-    )
 
 
 def _is_plain(parameter: Any) -> bool:

@@ -117,14 +117,17 @@ class ResBlock(nn.Module):
         return conv.with_bias(self.resample(x), None)
 
 
-def noise_biases(blocks: Sequence[ResBlock], embedding: Tensor | None, batch: int) -> Tensor:
-    """The biases of all blocks, `(B, columns)`: the first convolution's, and what it makes of the embedding `(B, E)`.
+def noise_biases(blocks: Sequence[ResBlock], embedding: Tensor | None, batch: int) -> dict[nn.Module, Tensor]:
+    """The bias `(B, D)` of each block: its first convolution's, and what it makes of the embedding `(B, E)`.
 
     One product for all blocks.
     """
-    biases = torch.cat([block.conv_in.bias for block in blocks])
+    biases: list[Tensor] = [block.conv_in.bias for block in blocks]
     if embedding is None:
-        return biases.expand(batch, -1)
-    layers = [block.embed for block in blocks if block.embed is not None]
-    weights, offsets = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
-    return F.linear(embedding, torch.cat(weights), torch.cat(offsets) + biases)
+        parts = [bias.expand(batch, -1) for bias in biases]
+    else:
+        layers = [block.embed for block in blocks if block.embed is not None]
+        weights, offsets = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        weight, bias = torch.cat(weights), torch.cat(offsets) + torch.cat(biases)
+        parts = F.linear(embedding, weight, bias).split([len(bias) for bias in biases], 1)
+    return dict(zip(blocks, parts, strict=True))

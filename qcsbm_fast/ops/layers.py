@@ -19,7 +19,7 @@ from . import backend
 from .layout import to_channels_last
 from .registry import LIBRARY, gradient_wanted
 
-_PROGRAM = "Tensor biases, Tensor[] parameters, {}int[] program, float[] numbers"
+_PROGRAM = "Tensor? embedding, Tensor[] parameters, {}int[] program, float[] numbers"
 LIBRARY.define(f"layers(Tensor x, Tensor? tangents, {_PROGRAM.format('')}, bool keep) -> Tensor[]")
 LIBRARY.define(
     "layers_vjp(Tensor g, Tensor? g_tangents, Tensor x, Tensor? tangents, "
@@ -34,9 +34,10 @@ _OWN_FIELDS = 8
 class Step(IntEnum):
     """The kinds of steps, with the tensors among the parameters, the numbers and the whole numbers that each takes.
 
-    RES_BLOCK: `gamma_in, beta_in, weight_in, gamma_out, beta_out, weight_out, bias_out` of `res_block`, with a
-        shortcut its weight and bias; `eps, scale` and the taps; the first of its columns in the biases, the groups
-        of the two norms, whether there is a shortcut, `up, down`, the zeros before and the number of taps.
+    RES_BLOCK: `gamma_in, beta_in, weight_in`, the first convolution's bias `(D,)`, `gamma_out, beta_out, weight_out,
+        bias_out` of `res_block`, with a shortcut its weight and bias, with an embedding the weight `(D, E)` and
+        bias of what it adds to the first convolution's; `eps, scale` and the taps; whether there is an embedding, the
+        groups of the two norms, whether there is a shortcut, `up, down`, the zeros before and the number of taps.
     ATTENTION: `gamma, beta` of `attention_block`, then weight `(C, C)` and bias of query, key, value and output; `eps,
         scale` and the factor of the query; the groups.
     CONVOLUTION: a weight `(D, C, S, S)`, S 1 or 3, and a bias; the stride and the zeros before and after the image.
@@ -84,14 +85,19 @@ class Program:
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, program: Program, x: Tensor, tangents: Tensor | None, biases: Tensor, *parameters: Tensor
+        ctx: Any,
+        program: Program,
+        x: Tensor,
+        tangents: Tensor | None,
+        embedding: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             y, y_tangents, *kept = _layers(
-                x, tangents, biases, parameters, program.fields, program.numbers, True
+                x, tangents, embedding, parameters, program.fields, program.numbers, True
             )
         ctx.program, ctx.shape = program, y.shape
-        ctx.save_for_backward(x, tangents, biases, *parameters, *kept)
+        ctx.save_for_backward(x, tangents, embedding, *parameters, *kept)
         ctx.set_materialize_grads(False)
         return y, y_tangents
 
@@ -99,21 +105,23 @@ class _Layers(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, g: Tensor | None, g_tangents: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, tangents, biases, *rest = ctx.saved_tensors
+        x, tangents, embedding, *rest = ctx.saved_tensors
         gdot = None if tangents is None or g_tangents is None else to_channels_last(g_tangents)
         if g is None and gdot is None:
             return (None,) * (4 + ctx.program.parameters)
         g = to_channels_last(x.new_zeros(ctx.shape) if g is None else g)
         first = 1 if tangents is None else 2
         inputs = gradient_wanted(ctx, *range(first))
-        weights = gradient_wanted(ctx, *range(first, first + 1 + ctx.program.parameters))
-        given = (ctx.program, inputs, weights, g, gdot, x, tangents, biases, *rest)
+        last = first + ctx.program.parameters + (embedding is not None)
+        weights = gradient_wanted(ctx, *range(first, last))
+        given = (ctx.program, inputs, weights, g, gdot, x, tangents, embedding, *rest)
         gx, gt, *found = _Adjoint.apply(*given)  # pyright: ignore[reportGeneralTypeIssues]
         return (
             None,
             gx if inputs else None,
             gt if inputs and gdot is not None else None,
-            *(found if weights else [None] * (1 + ctx.program.parameters)),
+            found[0] if weights and embedding is not None else None,
+            *(found[1:] if weights else [None] * ctx.program.parameters),
         )
 
 
@@ -130,11 +138,11 @@ class _Adjoint(torch.autograd.Function):
         g_tangents: Tensor | None,
         x: Tensor,
         tangents: Tensor | None,
-        biases: Tensor,
+        embedding: Tensor | None,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         parameters, kept = rest[: program.parameters], rest[program.parameters :]
-        call = (g, g_tangents, x, tangents, biases, parameters, kept, program.fields, program.numbers)
+        call = (g, g_tangents, x, tangents, embedding, parameters, kept, program.fields, program.numbers)
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(_layers_vjp(*call, inputs, weights))
 
@@ -147,7 +155,11 @@ class _Adjoint(torch.autograd.Function):
 
 
 def layers(
-    program: Program, x: Tensor, tangents: Tensor | None, biases: Tensor, parameters: Sequence[Tensor]
+    program: Program,
+    x: Tensor,
+    tangents: Tensor | None,
+    embedding: Tensor | None,
+    parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The program's last value and its tangents, `(B, D, H', W')` and `(K, B, D, H', W')`.
 
@@ -156,17 +168,16 @@ def layers(
     Args:
         x: `(B, C, H, W)`; best channels-last.
         tangents: `(K, B, C, H, W)`, dtype and device of `x`; None for none.
-        biases: `(B, columns)`, float32 (float64 beside float64 images): a column for each channel of a residual
-            block, its `bias`.
-        parameters: of the steps, one behind the other, of the dtype of the biases; weights channels-last.
+        embedding: of the noise level, `(B, E)`, float32 (float64 beside float64 images); None where no block has one.
+        parameters: of the steps, one behind the other, float32 (float64 beside float64 images); weights channels-last.
 
     Raises:
         RuntimeError: naming what does not fit the program.
     """
-    x, biases = to_channels_last(x), biases.contiguous()
+    x, embedding = to_channels_last(x), None if embedding is None else embedding.contiguous()
     tangents = None if tangents is None else to_channels_last(tangents)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, tangents, biases, parameters):
-        return _Layers.apply(program, x, tangents, biases, *parameters)  # pyright: ignore[reportReturnType]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, tangents, embedding, parameters):
+        return _Layers.apply(program, x, tangents, embedding, *parameters)  # pyright: ignore[reportReturnType]
     with torch._C._AutoDispatchBelowAutograd():
-        y, y_tangents = _layers(x, tangents, biases, parameters, program.fields, program.numbers, False)
+        y, y_tangents = _layers(x, tangents, embedding, parameters, program.fields, program.numbers, False)
     return y, y_tangents
