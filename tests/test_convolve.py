@@ -211,6 +211,10 @@ def test_compiled_whole() -> None:
             results.append([out.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
             net.zero_grad(set_to_none=True)
     plain, plain_split, compiled, compiled_split = results
-    for one, other in ((plain, compiled), (plain_split, compiled_split)):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    # outside a compiler the network is one call, which splits the other convolutions too
+    largest = max(value.norm() for value in compiled_split)
+    for a, b in zip(plain_split, compiled_split, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm() + 1e-9 * largest
+    assert not torch.equal(compiled[0], compiled_split[0])
     assert not torch.equal(plain[0], plain_split[0])

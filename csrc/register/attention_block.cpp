@@ -199,10 +199,10 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& gamma,
   const Block b = checked(op, x, tangents, gamma, beta, weight, weight_out, groups);
   check_vector(bias, 3 * b.channels, x, op, "bias");
   check_vector(bias_out, b.channels, x, op, "bias_out");
-  const Tensor y = empty_images(x);
+  const Tensor y = host::empty_images(x);
   const Tensor y_tangents = new_tangents(tangents, x, b.channels, b.height, b.width);
-  const Tensor kept = new_empty({b.kept()}, x.scalar_type());
-  const Tensor statistics = new_empty({b.statistics()}, accumulate_type(x));
+  const Tensor kept = host::new_empty({b.kept()}, x.scalar_type());
+  const Tensor statistics = host::new_empty({b.statistics()}, accumulate_type(x));
   if (y.numel() == 0) {
     zero({kept, statistics});
     return {y, y_tangents, kept, statistics};
@@ -231,13 +231,13 @@ Gradients vjp(
   check_images_like(g, x, op, "g");
   check_kept(g, g_tangents, probes, kept, b.kept(), statistics, b.statistics(), op);
 
-  const auto vector = [&](int64_t size) { return new_vector(x, size); };
-  const Tensor gx = empty_images(x);
+  const auto vector = [&](int64_t size) { return host::new_vector(x, size); };
+  const Tensor gx = host::empty_images(x);
   const Tensor gt = new_tangents(probes ? tangents : Maybe{}, x, b.channels, b.height, b.width);
   const Tensor ggamma = vector(b.channels), gbeta = vector(b.channels);
   const Tensor gbias = vector(weights ? 3 * b.channels : 0), gbias_out = vector(weights ? b.channels : 0);
   const auto gradient = [&](int64_t out) {
-    return new_images({weights ? out : 0, b.channels, 1, 1}, accumulate_type(x));
+    return host::new_images({weights ? out : 0, b.channels, 1, 1}, accumulate_type(x));
   };
   const Tensor gweight = gradient(3 * b.channels), gweight_out = gradient(b.channels);
   const std::tuple result{gx, gt, ggamma, gbeta, gweight, gbias, gweight_out, gbias_out};

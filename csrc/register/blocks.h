@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../amx/convolve.h"
+#include "host.h"
 #include "image_kernels.h"
-#include "images.h"
 
 namespace qcsbm {
 
@@ -27,7 +27,7 @@ Pushed<T> pushed(const Tensor& images, const Tensor& tangents) {
 
 // Memory for images and the tangents of `probes` probes, `size` numbers each, and its parts.
 inline Tensor new_pushed(const Tensor& like, int64_t probes, int64_t size) {
-  return new_empty({(1 + probes) * size}, like.scalar_type());
+  return host::new_empty({(1 + probes) * size}, like.scalar_type());
 }
 template <typename T>
 Pushed<T> part_of(const Tensor& memory, int64_t size) {
@@ -44,8 +44,8 @@ Pushed<T> next_part(T*& at, int64_t probes, int64_t size) {
 
 // Images like `tangents`, of other sizes; no images where there are none.
 inline Tensor new_tangents(const Maybe& tangents, const Tensor& x, int64_t channels, int64_t rows, int64_t cols) {
-  if (tangents) return empty_images(*tangents, channels, rows, cols);
-  return new_images({0, x.size(0), channels, rows, cols}, x.scalar_type());
+  if (tangents) return host::empty_images(*tangents, channels, rows, cols);
+  return host::new_images({0, x.size(0), channels, rows, cols}, x.scalar_type());
 }
 
 // What the adjoint is given beside `g`: the cotangents of `probes` tangents, if any, and what the forward pass kept.
@@ -116,7 +116,7 @@ struct Convolution {
 // A bias times the factor of what it is added to.
 template <typename A>
 Tensor scaled(const Tensor& bias, double factor) {
-  const Tensor result = new_empty({bias.numel()}, bias.scalar_type());
+  const Tensor result = host::new_empty({bias.numel()}, bias.scalar_type());
   for (int64_t i = 0; i < bias.numel(); ++i) out<A>(result)[i] = static_cast<A>(factor) * in<A>(bias)[i];
   return result;
 }

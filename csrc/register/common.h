@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -82,27 +81,9 @@ T* out(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Uninitialised, on the CPU. torch::stable::new_empty looks its operator up by name at every call, which takes longer than
-// a small kernel.
-inline Tensor new_strided(const std::vector<int64_t>& size, const std::vector<int64_t>& stride, ScalarType type) {
-  const int32_t dtype = type == ScalarType::Double  ? aoti_torch_dtype_float64()
-                        : type == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                    : aoti_torch_dtype_bfloat16();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+inline Tensor new_vector(const Tensor& reference, int64_t size) {
+  return torch::stable::new_empty(reference, {size}, accumulate_type(reference));
 }
-
-// The same, contiguous.
-inline Tensor new_empty(const std::vector<int64_t>& size, ScalarType type) {
-  std::vector<int64_t> stride(size.size());
-  int64_t next = 1;
-  for (size_t axis = size.size(); axis-- > 0; next *= std::max<int64_t>(1, size[axis])) stride[axis] = next;
-  return new_strided(size, stride, type);
-}
-
-inline Tensor new_vector(const Tensor& reference, int64_t size) { return new_empty({size}, accumulate_type(reference)); }
 
 // Calls f.template operator()<T>() for the element type of `t`.
 template <class F>

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "images.h"
+#include "host.h"
 
 namespace qcsbm {
 namespace amx {
@@ -77,7 +77,7 @@ Tensor checked_result(const Tensor& x, const Tensor& weight, const std::optional
                       weight.size(transposed ? 0 : 1) == x.size(d - 3) && weight.scalar_type() == accumulate_type(x),
                   op, ": weight expected float32 (float64 beside float64 images), 3 x 3 taps or one, for the channels of x");
   if (bias) check_vector(*bias, channels, x, op, "bias");
-  return empty_images(x, channels, x.size(d - 2), x.size(d - 1));
+  return host::empty_images(x, channels, x.size(d - 2), x.size(d - 1));
 }
 
 // Of images (*, C, H, W) and a weight (D, C, S, S).
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> convolve_jvp(const Tensor& x, const Tensor& tangents,
   check_pixels(tangents, "convolve_jvp", "tangents");
   check_images_like(tangents, x, "convolve_jvp", "tangents", 1);
   const int64_t d = x.dim();
-  const Tensor y_tangents = empty_images(tangents, y.size(d - 3), x.size(d - 2), x.size(d - 1));
+  const Tensor y_tangents = host::empty_images(tangents, y.size(d - 3), x.size(d - 2), x.size(d - 1));
   if (y.numel() > 0)
     for_type(x.scalar_type(), "convolve_jvp", [&]<typename T>() {
       using A = acc_t<T>;
@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
     check_images_like(*tangents, x, "convolve_weight", "tangents", 1);
   }
   STD_TORCH_CHECK(size == 1 || size == 3, "convolve_weight: size expected 1 or 3");
-  Tensor gweight = new_images({channels, in_channels, size, size}, accumulate_type(x));
-  Tensor gbias = new_vector(x, channels);
+  Tensor gweight = host::new_images({channels, in_channels, size, size}, accumulate_type(x));
+  Tensor gbias = host::new_vector(x, channels);
   if (x.numel() == 0 || g.numel() == 0) {
     torch::stable::zero_(gweight);
     torch::stable::zero_(gbias);

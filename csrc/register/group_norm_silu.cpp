@@ -1,5 +1,5 @@
+#include "host.h"
 #include "image_kernels.h"
-#include "images.h"
 
 namespace qcsbm {
 namespace {
@@ -22,18 +22,18 @@ struct Sizes {
 };
 
 Tensor bias_gradient(const Tensor& x, const Bias& bias) {
-  if (!bias) return new_vector(x, 0);
-  return new_empty({x.size(0), x.size(1)}, accumulate_type(x));
+  if (!bias) return host::new_vector(x, 0);
+  return host::new_empty({x.size(0), x.size(1)}, accumulate_type(x));
 }
 
 Tensor new_statistics(const Tensor& x, int64_t groups) {
-  return new_empty({x.size(0), groups, 2}, accumulate_type(x));
+  return host::new_empty({x.size(0), groups, 2}, accumulate_type(x));
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Bias& bias, const Tensor& gamma, const Tensor& beta,
                                    int64_t groups, double eps, bool silu) {
   const Sizes s("group_norm_silu", x, bias, gamma, beta, groups);
-  Tensor y = empty_images(x), statistics = new_statistics(x, groups);
+  Tensor y = host::empty_images(x), statistics = new_statistics(x, groups);
   for_type(x.scalar_type(), "group_norm_silu", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(group_norm_silu, (T), in<T>(x), nullptr, in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y), nullptr,
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> jvp(const Tensor& x, const Tensor& ta
   const Sizes s("group_norm_silu_jvp", x, bias, gamma, beta, groups);
   check_images_like(tangents, x, "group_norm_silu_jvp", "tangents", 1);
   const int64_t probes = tangents.size(0);
-  Tensor y = empty_images(x), ydot = empty_images(tangents), statistics = new_statistics(x, groups);
-  Tensor tangent_statistics = new_empty({probes, s.batch, groups, 2}, accumulate_type(x));
+  Tensor y = host::empty_images(x), ydot = host::empty_images(tangents), statistics = new_statistics(x, groups);
+  Tensor tangent_statistics = host::new_empty({probes, s.batch, groups, 2}, accumulate_type(x));
   for_type(x.scalar_type(), "group_norm_silu_jvp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(group_norm_silu, (T), in<T>(x), in<T>(tangents), in<A>(bias), in<A>(gamma), in<A>(beta), out<T>(y),
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vjp(const Tensor& g, const Tensor& x,
   const Sizes s("group_norm_silu_vjp", x, bias, gamma, beta, groups);
   check_images_like(g, x, "group_norm_silu_vjp", "g");
   check_vector(statistics, 2 * s.batch * groups, x, "group_norm_silu_vjp", "statistics");
-  Tensor gx = empty_images(x), gbias = bias_gradient(x, bias), ggamma = new_vector(x, s.channels),
-         gbeta = new_vector(x, s.channels);
+  Tensor gx = host::empty_images(x), gbias = bias_gradient(x, bias), ggamma = host::new_vector(x, s.channels),
+         gbeta = host::new_vector(x, s.channels);
   for_type(x.scalar_type(), "group_norm_silu_vjp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(group_norm_silu_adjoint, (T), in<T>(g), nullptr, in<T>(x), nullptr, in<A>(bias), in<A>(gamma),
@@ -89,8 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> jvp_vjp(const std::optional<T
   const int64_t probes = tangents.size(0);
   check_vector(statistics, 2 * s.batch * groups, x, op, "statistics");
   check_vector(tangent_statistics, 2 * probes * s.batch * groups, x, op, "tangent_statistics");
-  Tensor gx = empty_images(x), gt = empty_images(tangents), gbias = bias_gradient(x, bias),
-         ggamma = new_vector(x, s.channels), gbeta = new_vector(x, s.channels);
+  Tensor gx = host::empty_images(x), gt = host::empty_images(tangents), gbias = bias_gradient(x, bias),
+         ggamma = host::new_vector(x, s.channels), gbeta = host::new_vector(x, s.channels);
   for_type(x.scalar_type(), op, [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(group_norm_silu_adjoint, (T), in<T>(g), in<T>(gdot), in<T>(x), in<T>(tangents), in<A>(bias),

@@ -38,42 +38,25 @@ inline void check_images_like(const Tensor& t, const Tensor& reference, const ch
   STD_TORCH_CHECK(same, op, ": ", name, " expected the shape of x", lead ? " after the tangents' dimension" : "");
 }
 
-// Uninitialised images (*, C, H, W), channels-last.
-inline Tensor new_images(const std::vector<int64_t>& size, ScalarType type) {
-  std::vector<int64_t> stride(size.size());
-  int64_t next = 1;
-  const auto place = [&](size_t axis) {
-    stride[axis] = next;
-    next *= std::max<int64_t>(1, size[axis]);
-  };
-  const size_t d = size.size();
-  for (const size_t axis : {d - 3, d - 1, d - 2}) place(axis);
-  for (size_t axis = d - 3; axis-- > 0;) place(axis);
-  return new_strided(size, stride, type);
-}
-
-inline std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> size(t.dim());
-  for (size_t axis = 0; axis < size.size(); ++axis) size[axis] = t.size(static_cast<int64_t>(axis));
-  return size;
-}
-
-// With the shape of `like`.
-inline Tensor empty_images(const Tensor& like) { return new_images(sizes_of(like), like.scalar_type()); }
-
-// With (channels, rows, cols) in place of the last three sizes of `like`.
-inline Tensor empty_images(const Tensor& like, int64_t channels, int64_t rows, int64_t cols) {
-  std::vector<int64_t> size = sizes_of(like);
-  const size_t d = size.size();
-  size[d - 3] = channels, size[d - 2] = rows, size[d - 1] = cols;
-  return new_images(size, like.scalar_type());
-}
+// Channels-last with the shape of `like`.
+inline Tensor empty_images(const Tensor& like) { return torch::stable::empty_like(like); }
 
 // How many images (C, H, W) there are in (*, C, H, W).
 inline int64_t count_images(const Tensor& t) {
   int64_t images = 1;
   for (int64_t axis = 0; axis < t.dim() - 3; ++axis) images *= t.size(axis);
   return images;
+}
+
+// Channels-last, (channels, rows, cols) in place of the last three sizes of `like`.
+inline Tensor empty_images(const Tensor& like, int64_t channels, int64_t rows, int64_t cols) {
+  const int64_t d = like.dim();
+  std::vector<int64_t> size;
+  for (int64_t axis = 0; axis < d - 3; ++axis) size.push_back(like.size(axis));
+  size.insert(size.end(), {rows, cols, channels});
+  using torch::stable::transpose;
+  const Tensor stored = torch::stable::new_empty(like, size);
+  return transpose(transpose(stored, d - 2, d - 1), d - 3, d - 2);  // (*, H, W, C) as (*, C, H, W)
 }
 
 }  // namespace qcsbm

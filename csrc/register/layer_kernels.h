@@ -30,7 +30,7 @@ inline Tensor as_taps(const Tensor& matrix) {
 inline Tensor as_matrix(const Tensor& taps) { return view(taps, {taps.size(0), taps.size(1)}, {taps.size(1), 1}); }
 
 inline Tensor sum_of(const Tensor& a, const Tensor& b) {
-  const Tensor result = new_empty({a.numel()}, a.scalar_type());
+  const Tensor result = host::new_empty({a.numel()}, a.scalar_type());
   for_real(a, [&]<typename A>() {
     for (int64_t i = 0; i < a.numel(); ++i) out<A>(result)[i] = in<A>(a)[i] + in<A>(b)[i];
   });
@@ -41,7 +41,7 @@ inline Tensor sum_of(const Tensor& a, const Tensor& b) {
 inline Tensor noise_bias(const Layers& l, const Step& step) {
   const amx::NoiseBias shape = l.noise_bias(step);
   const int64_t e = step.embedding();
-  const Tensor &own = step.parameter(3), result = new_empty({shape.batch, shape.channels}, own.scalar_type());
+  const Tensor &own = step.parameter(3), result = host::new_empty({shape.batch, shape.channels}, own.scalar_type());
   for_real(own, [&]<typename A>() {
     if (step.has_embedding()) {
       const Tensor offset = sum_of(own, step.parameter(e + 1));
@@ -80,7 +80,7 @@ inline Projection projection(const Step& step, int64_t channels, ScalarType type
                         step.parameter(i + 1).scalar_type() == type && step.parameter(i + 1).is_contiguous(),
                     kName, ": attention expected weights ", channels, " x ", channels,
                     " and biases, float32 or float64");
-  const Projection p{new_images({3 * channels, channels, 1, 1}, type), new_empty({3 * channels}, type),
+  const Projection p{host::new_images({3 * channels, channels, 1, 1}, type), host::new_empty({3 * channels}, type),
                      as_taps(step.parameter(8))};
   copy_projection({step.parameter(2), step.parameter(4), step.parameter(6)}, p.weight, step.number(2), false);
   copy_projection({step.parameter(3), step.parameter(5), step.parameter(7)}, p.bias, step.number(2), false);

@@ -69,7 +69,7 @@ Value push(const Layers& l, const Step& step, const Value& a, const Value& b, st
     }
     default: {
       const Value y = l.new_pair(shape, tangents, l.probes);
-      kept = {new_empty({statistics_of(l, step)}, accumulate_type(a.images))};
+      kept = {host::new_empty({statistics_of(l, step)}, accumulate_type(a.images))};
       for_type(l.type, kName, [&]<typename T>() {
         norm<T>(l, step, l.probes, kept[0]).push(read<T>(a), write<T>(y), step.number(0));
       });

@@ -151,9 +151,9 @@ class Layers {
   bool keeps_value(int64_t value) const { return kept_value_[value]; }
   bool used_after(int64_t value, int64_t step) const { return last_use_[value] > step; }
 
-  Tensor new_value(const Shape& s) const { return new_images({batch, s.channels, s.rows, s.cols}, type); }
+  Tensor new_value(const Shape& s) const { return host::new_images({batch, s.channels, s.rows, s.cols}, type); }
   Tensor new_tangents(const Shape& s, int64_t probes) const {
-    return new_images({probes, batch, s.channels, s.rows, s.cols}, type);
+    return host::new_images({probes, batch, s.channels, s.rows, s.cols}, type);
   }
   Value new_pair(const Shape& s, bool tangents, int64_t probes) const {
     return {new_value(s), tangents ? Maybe(new_tangents(s, probes)) : Maybe()};

@@ -41,13 +41,13 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
   const bool tangents = g.tangents.has_value(), pulls = wanted[step[kFirst]];
   const Tensor& weight = step.parameter(0);
   const auto zeros = [](const Tensor& like) {
-    Tensor t = empty_images(like);
+    Tensor t = host::empty_images(like);
     torch::stable::zero_(t);
     return t;
   };
   const Shape shape = w.direct() ? w.in : Shape{w.patch(), w.out.rows, w.out.cols};
   if (g.images.numel() == 0 || a.images.numel() == 0) {
-    Tensor gbias = new_vector(weight, w.out.channels);
+    Tensor gbias = host::new_vector(weight, w.out.channels);
     torch::stable::zero_(gbias);
     set(step, zeros(weight), gbias);
     const Tensor gx = zeros(a.images);
@@ -61,7 +61,7 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
         amx::patches<T>(w.patches(l.batch), in<T>(a.images), out<T>(taps.images));
         if (probes) amx::patches<T>(w.patches(probes * l.batch), in<T>(a.tangents), out<T>(*taps.tangents));
       }
-      const Tensor gweight = empty_images(weight), gbias = new_vector(weight, w.out.channels);
+      const Tensor gweight = host::empty_images(weight), gbias = host::new_vector(weight, w.out.channels);
       convolution.pull_weight(read<T>(taps), read<T>(g), gweight, gbias);
       set(step, gweight, gbias);
     }
@@ -79,8 +79,8 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
 // The gradients of a block's weight for the embedding and of its first convolution's bias; adds to the embedding's.
 std::pair<Tensor, Tensor> Adjoint::pull_noise_bias(const Step& step, const Tensor& gbias) {
   const amx::NoiseBias shape = l.noise_bias(step);
-  const Tensor gweight = new_empty({shape.channels, shape.width}, gbias.scalar_type());
-  const Tensor goffset = new_empty({shape.channels}, gbias.scalar_type());
+  const Tensor gweight = host::new_empty({shape.channels, shape.width}, gbias.scalar_type());
+  const Tensor goffset = host::new_empty({shape.channels}, gbias.scalar_type());
   for_real(gbias, [&]<typename A>() {
     const A* const none = nullptr;
     const bool given = step.has_embedding();
@@ -127,8 +127,8 @@ void Adjoint::pull(const Step& step, const Value& g, const Value& a, const Tenso
       if (weights) {
         const int64_t c = shape.channels;
         Tensor parts[3], offsets[3];
-        for (Tensor& part : parts) part = new_empty({c, c}, type);
-        for (Tensor& part : offsets) part = new_empty({c}, type);
+        for (Tensor& part : parts) part = host::new_empty({c, c}, type);
+        for (Tensor& part : offsets) part = host::new_empty({c}, type);
         copy_projection(parts, gweight, step.number(2), true);
         copy_projection(offsets, gbias, step.number(2), true);
         set(step, ggamma, gbeta, parts[0], offsets[0], parts[1], offsets[1], parts[2], offsets[2],
@@ -168,7 +168,8 @@ void Adjoint::pull(const Step& step, const Value& g, const Value& a, const Tenso
     default: {
       check_vector(kept[0], statistics_of(l, step), a.images, kName, "kept");
       const Value gx = new_cotangent(shape, g);
-      const Tensor ggamma = new_vector(a.images, shape.channels), gbeta = new_vector(a.images, shape.channels);
+      const Tensor ggamma = host::new_vector(a.images, shape.channels);
+      const Tensor gbeta = host::new_vector(a.images, shape.channels);
       for_type(l.type, kName, [&]<typename T>() {
         norm<T>(l, step, probes, kept[0]).pull(read<T>(g), read<T>(a), write<T>(gx), nullptr, ggamma, gbeta, {});
       });
@@ -223,7 +224,8 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
     for (int64_t k = 0; k < l.steps[i].kept(); ++k) take();
   }
 
-  Tensor gembedding = embedding ? new_empty(sizes_of(*embedding), embedding->scalar_type()) : new_vector(x, 0);
+  const std::vector<int64_t> none{0};
+  Tensor gembedding = host::new_empty(embedding ? host::sizes_of(*embedding) : none, accumulate_type(x));
   torch::stable::zero_(gembedding);
   Adjoint adjoint{l, g_tangents ? l.probes : 0, weights, gembedding, {}, {}, {}};
   if (weights) adjoint.gparameters.resize(parameters.size(), x);
@@ -239,7 +241,7 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
     adjoint.cotangents[i + 1].reset();
     if (above) adjoint.pull(l.steps[i], *above, values[l.steps[i][kFirst]], kept.data() + own[i]);
   }
-  std::vector<Tensor> result(2, new_empty({0}, l.type));
+  std::vector<Tensor> result(2, host::new_empty({0}, l.type));
   if (inputs) {
     STD_TORCH_CHECK(adjoint.cotangents[0], kName, ": x has no part in the result");
     result[0] = adjoint.cotangents[0]->images;

@@ -127,10 +127,10 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& bias, const
   const Parameters p{bias, gamma_in, beta_in, weight_in, gamma_out, beta_out, weight_out, shortcut};
   const Block b = checked(op, x, tangents, p, groups_in, groups_out, scale, {std::move(taps), up, down, pad});
   check_vector(bias_out, b.out, x, op, "bias_out");
-  const Tensor y = empty_images(x, b.out, b.rows, b.cols);
+  const Tensor y = host::empty_images(x, b.out, b.rows, b.cols);
   const Tensor y_tangents = new_tangents(tangents, x, b.out, b.rows, b.cols);
-  const Tensor kept = new_empty({b.kept()}, x.scalar_type());
-  const Tensor statistics = new_empty({b.statistics()}, accumulate_type(x));
+  const Tensor kept = host::new_empty({b.kept()}, x.scalar_type());
+  const Tensor statistics = host::new_empty({b.statistics()}, accumulate_type(x));
   if (y.numel() == 0) {
     zero({kept, statistics});
     return {y, y_tangents, kept, statistics};
@@ -184,14 +184,14 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
                   op, ": g expected ", b.batch, " x ", b.out, " x ", b.rows, " x ", b.cols, " of the dtype of x");
   check_kept(g, g_tangents, probes, kept, b.kept(), statistics, b.statistics(), op);
 
-  const auto vector = [&](int64_t size) { return new_vector(x, size); };
+  const auto vector = [&](int64_t size) { return host::new_vector(x, size); };
   const auto gradient = [&](int64_t in, int64_t size, bool wanted) {
-    return new_images({wanted ? b.out : 0, in, size, size}, accumulate_type(x));
+    return host::new_images({wanted ? b.out : 0, in, size, size}, accumulate_type(x));
   };
   const bool projects = shortcut.has_value();
-  const Tensor gx = empty_images(x);
+  const Tensor gx = host::empty_images(x);
   const Tensor gt = new_tangents(probes ? tangents : Maybe{}, x, b.channels, b.height, b.width);
-  const Tensor gbias = new_empty({b.batch, b.out}, accumulate_type(x)), gbias_out = vector(weights ? b.out : 0);
+  const Tensor gbias = host::new_empty({b.batch, b.out}, accumulate_type(x)), gbias_out = vector(weights ? b.out : 0);
   const Tensor ggamma_in = vector(b.channels), gbeta_in = vector(b.channels), ggamma_out = vector(b.out),
                gbeta_out = vector(b.out);
   const Tensor gweight_in = gradient(b.channels, 3, weights), gweight_out = gradient(b.out, 3, weights),

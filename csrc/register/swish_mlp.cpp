@@ -1,6 +1,6 @@
 #include <vector>
 
-#include "common.h"
+#include "host.h"
 
 QCSBM_KERNEL(
     template <typename T> void swish_mlp(const int64_t*, int64_t, const T*, const T*, const acc_t<T>*, T*, T*, acc_t<T>*,
@@ -49,9 +49,10 @@ struct Shape {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& tangents,
                                                    const Tensor& parameters, std::vector<int64_t> widths, bool split) {
   const Shape s("swish_mlp", x, tangents, parameters, widths);
-  Tensor y = new_empty({s.rows, s.out}, x.scalar_type()), y_tangents = new_empty({s.probes, s.rows, s.out}, x.scalar_type());
-  Tensor pre = new_empty({s.rows, s.columns}, accumulate_type(x));
-  Tensor pre_tangents = new_empty({s.probes, s.rows, s.columns}, accumulate_type(x));
+  Tensor y = host::new_empty({s.rows, s.out}, x.scalar_type());
+  Tensor y_tangents = host::new_empty({s.probes, s.rows, s.out}, x.scalar_type());
+  Tensor pre = host::new_empty({s.rows, s.columns}, accumulate_type(x));
+  Tensor pre_tangents = host::new_empty({s.probes, s.rows, s.columns}, accumulate_type(x));
   for_type(x.scalar_type(), "swish_mlp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(swish_mlp, (T), widths.data(), s.hidden, in<T>(x), in<T>(tangents), in<A>(parameters), out<T>(y),
@@ -71,8 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> vjp(const Tensor& g, const std::optional<Tens
   check_vector(pre, s.rows * s.columns, x, "swish_mlp_vjp", "pre");
   check_vector(pre_tangents, s.probes * s.rows * s.columns, x, "swish_mlp_vjp", "pre_tangents");
   const int64_t rows = inputs ? s.rows : 0;
-  Tensor gx = new_empty({rows, s.in}, x.scalar_type()), gtangents = new_empty({probes, rows, s.in}, x.scalar_type());
-  Tensor gparameters = new_vector(x, weights ? parameters.numel() : 0);
+  Tensor gx = host::new_empty({rows, s.in}, x.scalar_type());
+  Tensor gtangents = host::new_empty({probes, rows, s.in}, x.scalar_type());
+  Tensor gparameters = host::new_vector(x, weights ? parameters.numel() : 0);
   for_type(x.scalar_type(), "swish_mlp_vjp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(swish_mlp_vjp, (T), widths.data(), s.hidden, in<T>(g), in<T>(g_tangents), in<T>(x), in<T>(tangents),
