@@ -20,6 +20,7 @@ from qcsbm_fast.dual import Dual
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig, program
 from qcsbm_fast.nn.image_layers import Conv
 from qcsbm_fast.nn.program import NetworkProgram
+from qcsbm_fast.nn.res_block import ResBlock
 from qcsbm_fast.ops.layers import HAS_LAYERS
 from test_ncsnpp_options import STRUCTURES, combination, ordinary_network
 
@@ -283,6 +284,20 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(out, x, u.to(out.dtype), create_graph=True)
     with pytest.raises(NotImplementedError, match="no derivative of this order"):
         gradient.sum().backward()
+
+
+def test_profilers_see_the_layers() -> None:
+    """Each layer under the name of its op, as often as it runs, forward and in the adjoint."""
+    net = small()
+    x, *_, sigma = draw(net, 0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profiler:
+        net(x.requires_grad_(), sigma).sum().backward()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    blocks = sum(isinstance(part, ResBlock) for part in net.modules())
+    for name, count in (("res_block", blocks), ("attention_block", 3), ("fir", 1), ("join", 4)):
+        assert counts[f"qcsbm::{name}"] == count, name
+        assert counts[f"qcsbm::{name}_vjp"] == count, name
+    assert counts["qcsbm::layers"] == counts["qcsbm::layers_vjp"] == 1
 
 
 def test_spoiled_calls_are_refused() -> None:

@@ -7,6 +7,20 @@ QCSBM_KERNEL(template <typename T> void scaled_add(const T*, const T*, acc_t<T>,
 
 namespace qcsbm::layers {
 
+// A step as profilers see it.
+class Range {
+ public:
+  explicit Range(const char* name) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_record_function_start(name, nullptr, nullptr, 0, &guard_));
+  }
+  ~Range() { aoti_record_function_end(guard_); }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+
+ private:
+  AtenRecordFunctionHandle guard_;
+};
+
 template <typename T>
 Pushed<const T> read(const Value& v) {
   return pushed<T>(v.images, v.tangents);

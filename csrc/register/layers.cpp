@@ -90,6 +90,7 @@ std::vector<Tensor> forward(const Tensor& x, const Maybe& tangents, const Maybe&
     const Step& step = l.steps[i];
     const Value& a = values[step[kFirst]];
     const Value& b = values[step.has_second() ? step[kSecond] : step[kFirst]];
+    const Range range(step.name());
     std::vector<Tensor> own;
     values[i + 1] = push(l, step, a, b, own);
     if (keep) kept.insert(kept.end(), own.begin(), own.end());

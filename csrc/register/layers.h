@@ -46,6 +46,17 @@ struct Step {
     const auto first = numbers.begin() + fields[kNumber] + i;
     return {first, first + count};
   }
+  // As profilers show it.
+  const char* name(bool adjoint = false) const {
+    constexpr const char* kNames[][2] = {{"qcsbm::res_block", "qcsbm::res_block_vjp"},
+                                         {"qcsbm::attention_block", "qcsbm::attention_block_vjp"},
+                                         {"qcsbm::convolve", "qcsbm::convolve_vjp"},
+                                         {"qcsbm::fir", "qcsbm::fir_vjp"},
+                                         {"qcsbm::scaled_add", "qcsbm::scaled_add_vjp"},
+                                         {"qcsbm::join", "qcsbm::join_vjp"},
+                                         {"qcsbm::group_norm_silu", "qcsbm::group_norm_silu_vjp"}};
+    return kNames[fields[kKind]][adjoint];
+  }
   bool has_embedding() const { return own(0); }
   bool has_shortcut() const { return own(3); }
   // Of a residual block, behind those that every one has.

@@ -239,7 +239,9 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
     const std::optional<Value> above = std::move(adjoint.cotangents[i + 1]);
     STD_TORCH_CHECK(above || !adjoint.wanted[i + 1], kName, ": step ", i, " of program has no part in the result");
     adjoint.cotangents[i + 1].reset();
-    if (above) adjoint.pull(l.steps[i], *above, values[l.steps[i][kFirst]], kept.data() + own[i]);
+    if (!above) continue;
+    const Range range(l.steps[i].name(true));
+    adjoint.pull(l.steps[i], *above, values[l.steps[i][kFirst]], kept.data() + own[i]);
   }
   std::vector<Tensor> result(2, host::new_empty({0}, l.type));
   if (inputs) {
