@@ -286,6 +286,18 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
+def test_gradients_are_stored_as_their_parameters() -> None:
+    """Strides too, along sizes of 1 as well: DistributedDataParallel warns of others."""
+    net = small(num_channels=1)
+    x, *_, sigma = draw(net, 0, torch.float32)
+    with path(True) as could, torch.autocast("cpu", torch.bfloat16):
+        net(x, sigma).sum().backward()
+    assert could == [True]
+    for parameter in net.get_submodule("down").parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride()
+
+
 def test_profilers_see_the_layers() -> None:
     """Each layer under the name of its op, as often as it runs, forward and in the adjoint."""
     net = small()

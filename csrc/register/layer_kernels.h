@@ -37,6 +37,12 @@ inline Tensor view(const Tensor& t, const std::vector<int64_t>& size, const std:
                                                                stride.data(), 0, &handle));
   return Tensor(handle);
 }
+// With the strides of its parameter, also along sizes of 1, as DistributedDataParallel wants a gradient.
+inline Tensor as_stored(const Tensor& gradient, const Tensor& parameter) {
+  std::vector<int64_t> stride(parameter.dim());
+  for (int64_t axis = 0; axis < parameter.dim(); ++axis) stride[axis] = parameter.stride(axis);
+  return view(gradient, host::sizes_of(parameter), stride);
+}
 inline Tensor as_taps(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), cols = matrix.size(1);
   return view(matrix, {rows, cols, 1, 1}, {cols, 1, cols, cols});

@@ -63,7 +63,7 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
       }
       const Tensor gweight = host::empty_images(weight), gbias = host::new_vector(weight, w.out.channels);
       convolution.pull_weight(read<T>(taps), read<T>(g), gweight, gbias);
-      set(step, gweight, gbias);
+      set(step, as_stored(gweight, weight), gbias);
     }
     if (!pulls) return;
     const Value gtaps = new_cotangent(shape, g);
@@ -108,7 +108,7 @@ void Adjoint::pull(const Step& step, const Value& g, const Value& a, const Tenso
         const auto [gembed, goffset] = pull_noise_bias(step, gbias);
         set(step, ggamma_in, gbeta_in, gweight_in, goffset, ggamma_out, gbeta_out, gweight_out, gbias_out);
         if (shortcut) {
-          gparameters[first + s] = gshortcut;
+          gparameters[first + s] = as_stored(gshortcut, *shortcut);
           gparameters[first + s + 1] = torch::stable::clone(gbias_out);
         }
         if (step.has_embedding()) {
