@@ -223,7 +223,11 @@ def subclassed(net: NCSNpp) -> None:
     net.input.__class__ = OtherConv
 
 
-@pytest.mark.parametrize("change", [hooked, patched, parametrised, replaced, subclassed])
+def appended(net: NCSNpp) -> None:
+    net.middle.append(OtherConv(64, 64))
+
+
+@pytest.mark.parametrize("change", [hooked, patched, parametrised, replaced, subclassed, appended])
 @pytest.mark.parametrize("before", [True, False])
 def test_changes_are_seen(change: Any, before: bool) -> None:
     """A network that was changed, after it ran or before, computes by its layers what they compute now."""

@@ -25,6 +25,8 @@ _EPS = 1e-6
 class NetworkProgram:
     """The program of a network whose `layout(run, x)` calls `run(part, *values)` for one part after another.
 
+    Parts, parameters and dropout are looked at in every call; other settings of a part are read once.
+
     Args:
         network: of parts of this package; one with a part of another class, be it a subclass, has no program.
         layout: a function of a runner and a value.
@@ -39,6 +41,7 @@ class NetworkProgram:
             for name, part in owner._modules.items()
             if part is not None
         ]
+        self._counts = [(owner._modules, len(owner._modules)) for owner in network.modules()]
         self._dropouts = [part for part in network.modules() if isinstance(part, Dropout)]
         try:
             self._known = HAS_LAYERS and layout(self._run, 0) == self._program.values - 1
@@ -46,8 +49,10 @@ class NetworkProgram:
             self._known = False
 
     def current(self) -> bool:
-        """Whether the network still has the parts that it had."""
-        return all(owner.get(name) is part for owner, name, part, _ in self._places)
+        """Whether the network still has the parts that it had, and no others."""
+        return all(owner.get(name) is part for owner, name, part, _ in self._places) and all(
+            len(parts) == count for parts, count in self._counts
+        )
 
     def fits(self, x: V) -> bool:
         """Whether a call is the same as calling the parts on `x`: no hook, mode or compiler would see them."""
