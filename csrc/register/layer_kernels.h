@@ -30,6 +30,17 @@ Pushed<T> write(const Value& v) {
   return {out<T>(v.images), v.tangents ? out<T>(*v.tangents) : nullptr};
 }
 
+// What a convolution's product reads of the values: them, or their windows.
+inline Value windows_of(const Layers& l, const Windows& w, const Value& x, bool tangents, int64_t probes) {
+  if (w.direct()) return x;
+  const Value y = l.new_pair({w.patch(), w.out.rows, w.out.cols}, tangents, probes);
+  for_type(l.type, kName, [&]<typename T>() {
+    amx::patches<T>(w.patches(l.batch), in<T>(x.images), out<T>(y.images));
+    if (probes) amx::patches<T>(w.patches(probes * l.batch), in<T>(x.tangents), out<T>(*y.tangents));
+  });
+  return y;
+}
+
 // Another shape of a tensor's numbers.
 inline Tensor view(const Tensor& t, const std::vector<int64_t>& size, const std::vector<int64_t>& stride) {
   AtenTensorHandle handle;

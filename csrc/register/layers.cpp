@@ -11,14 +11,8 @@ Value push_convolution(const Layers& l, const Step& step, const Value& x) {
   const Windows w = l.windows(step);
   const Value y = l.new_pair(w.out, x.tangents.has_value(), l.probes);
   if (y.images.numel() == 0) return y;
-  const Value taps = w.direct() ? x : l.new_pair({w.patch(), w.out.rows, w.out.cols}, x.tangents.has_value(), l.probes);
+  const Value taps = windows_of(l, w, x, x.tangents.has_value(), l.probes);
   for_type(l.type, kName, [&]<typename T>() {
-    if (!w.direct()) {
-      const Pushed<const T> from = read<T>(x);
-      const Pushed<T> to = write<T>(taps);
-      amx::patches<T>(w.patches(l.batch), from.images, to.images);
-      if (l.probes) amx::patches<T>(w.patches(l.probes * l.batch), from.tangents, to.tangents);
-    }
     const Convolution<T> convolution{w.shape(l.batch, l.probes), step.parameter(0), 1};
     convolution.push(read<T>(taps), in<acc_t<T>>(step.parameter(1)), write<T>(y));
   });

@@ -171,7 +171,7 @@ class Layers {
   }
 
   Windows windows(const Step& step) const {
-    return {first(step), shape_of_convolution(step), step.parameter(0).size(2), step.own(0), step.own(1)};
+    return {first(step), shapes[step.index + 1], step.parameter(0).size(2), step.own(0), step.own(1)};
   }
 
   amx::NoiseBias noise_bias(const Step& step) const {

@@ -56,11 +56,7 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
   for_type(l.type, kName, [&]<typename T>() {
     const Convolution<T> convolution{w.shape(l.batch, probes), weight, 1};
     if (weights) {
-      const Value taps = w.direct() ? a : new_cotangent(shape, g);
-      if (!w.direct()) {
-        amx::patches<T>(w.patches(l.batch), in<T>(a.images), out<T>(taps.images));
-        if (probes) amx::patches<T>(w.patches(probes * l.batch), in<T>(a.tangents), out<T>(*taps.tangents));
-      }
+      const Value taps = windows_of(l, w, a, tangents, probes);
       const Tensor gweight = host::empty_images(weight), gbias = host::new_vector(weight, w.out.channels);
       convolution.pull_weight(read<T>(taps), read<T>(g), gweight, gbias);
       set(step, as_stored(gweight, weight), gbias);
