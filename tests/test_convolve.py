@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qcsbm_fast import dual, ops
 from qcsbm_fast.dual import Dual
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
+from qcsbm_fast.nn.program import NetworkProgram
 from qcsbm_fast.ops import backend, registry
 from qcsbm_fast.ops.registry import OPS
 from tape import Tape
@@ -194,8 +195,10 @@ def test_a_network_in_split_products_is_the_network() -> None:
         assert relative_error(ours, truth) < 2e-4  # of bfloat16 it would be 0.06
 
 
-def test_compiled_whole() -> None:
-    """`torch.compile(fullgraph=True)`: the same numbers, and other ones where split products are allowed."""
+def test_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile(fullgraph=True)`: the layers' numbers, and other ones where split products are allowed."""
+    # as one call the network splits its other convolutions too
+    monkeypatch.setattr(NetworkProgram, "fits", lambda self, x: False)
     torch.manual_seed(0)
     config = NCSNppConfig(
         image_size=8, nf=16, ch_mult=(1, 1), attn_resolutions=(), num_res_blocks=1, dropout=0.0
@@ -211,10 +214,7 @@ def test_compiled_whole() -> None:
             results.append([out.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
             net.zero_grad(set_to_none=True)
     plain, plain_split, compiled, compiled_split = results
-    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
-    # outside a compiler the network is one call, which splits the other convolutions too
-    largest = max(value.norm() for value in compiled_split)
-    for a, b in zip(plain_split, compiled_split, strict=True):
-        assert (a - b).norm() < 1e-4 * b.norm() + 1e-9 * largest
+    for one, other in ((plain, compiled), (plain_split, compiled_split)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(compiled[0], compiled_split[0])
     assert not torch.equal(plain[0], plain_split[0])
