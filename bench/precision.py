@@ -29,6 +29,7 @@ from harness import RESULTS
 from qcsbm_fast import NoiseStream, Score
 from qcsbm_fast.linearize import push
 from qcsbm_fast.ops import split_float32
+from qcsbm_fast.ops.split import HAS_REGISTERS
 from qcsbm_fast.penalty import asymmetry, balance
 from qcsbm_fast.train import build, trained
 from qcsbm_fast.train.config import Config
@@ -39,7 +40,11 @@ from qcsbm_fast.train.presets import PRESETS
 from qcsbm_fast.train.trainer import Trainer
 
 # By name: the dtype of autocast, and whether products of float32 are split.
-PRECISIONS = {"float32": (None, False), "float32, split": (None, True), "bfloat16": (torch.bfloat16, False)}
+PRECISIONS = {
+    "float32": (None, False),
+    **({"float32, split": (None, True)} if HAS_REGISTERS else {}),
+    "bfloat16": (torch.bfloat16, False),
+}
 TRAINED: tuple[Precision, ...] = ("float32", "bfloat16")
 
 

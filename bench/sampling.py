@@ -21,6 +21,7 @@ from qcsbm_fast import NoiseStream, Score, asymmetry
 from qcsbm_fast.cuda_graph import Choice
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.ops import split_float32
+from qcsbm_fast.ops.split import HAS_REGISTERS
 from qcsbm_fast.sampling.pc import predictor_corrector
 from qcsbm_fast.sde import VE
 
@@ -97,7 +98,7 @@ def main() -> None:
 
     exact = Score(net, sde)
     models = {"": (exact, False), " bf16": (Score(net, sde, autocast=torch.bfloat16), False)}
-    if device == "cpu":  # as the command line takes float32 on a processor with matrix registers
+    if device == "cpu" and HAS_REGISTERS:  # as the command line takes float32
         models[" split"] = (exact, True)
     sampling: dict[str, Callable[[], object]] = {
         "plain eager": lambda: plain_sampler(plain_score, size, a.steps, device)

@@ -10,6 +10,7 @@ which; on a GPU also a step replayed as a CUDA graph. Run it alone on the machin
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -27,11 +28,12 @@ from qcsbm_fast.cuda_graph import Replayed
 from qcsbm_fast.dual import conv2d
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.ops import split_float32
+from qcsbm_fast.ops.split import HAS_REGISTERS
 from qcsbm_fast.sde import VE
 
 
 class Precision(NamedTuple):
-    """Of the network: bfloat16 by autocast, or float32, on a CPU also with its products split in three."""
+    """Of the network: bfloat16 by autocast, or float32, with matrix registers also with its products split in three."""
 
     bfloat16: bool
     split: bool
@@ -44,7 +46,7 @@ class Precision(NamedTuple):
 
 def precisions(device: str) -> dict[str, Precision]:
     """By what they add to a row's name."""
-    split = {" split": Precision(False, True)} if device == "cpu" else {}
+    split = {" split": Precision(False, True)} if device == "cpu" and HAS_REGISTERS else {}
     return {"": Precision(False, False), **split, " bf16": Precision(True, False)}
 
 
@@ -91,8 +93,11 @@ def variants(setting: Setting, compiled: bool = False, device: str = "cpu") -> V
         torch.rand(setting.batch, 3, 32, 32).to(device),
         torch.logspace(-2, 1, setting.batch).to(device),
     )
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(x0, sigma)
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):  # of torch's convolutions, which it knows
+        copy.deepcopy(net).to("meta")(x0.to("meta"), sigma.to("meta"))
 
     def objective(network: nn.Module, factor: float, fraction: float = 1.0) -> DenoisingObjective:
         return DenoisingObjective(

@@ -22,6 +22,7 @@ from baselines import PlainToyMLP, exact_jacobian_loss, nested_loss
 from qcsbm_fast import DenoisingObjective, NoiseStream, Score, data
 from qcsbm_fast.nn import ToyMLP
 from qcsbm_fast.ops import split_float32
+from qcsbm_fast.ops.split import HAS_REGISTERS
 from qcsbm_fast.sde import VE
 
 FORWARD_FLOP = 2 * (2 * 64 + 64 * 128 + 128 * 256 + 257 * 2)
@@ -81,7 +82,8 @@ def main() -> None:
         "plain eager, no penalty": baseline(x0, plain_denoising),
     }
     ours_alone = [name for name in functions if name.startswith("ours")]
-    functions |= {f"{name}, split": split_float32()(functions[name]) for name in ours_alone}
+    if HAS_REGISTERS:
+        functions |= {f"{name}, split": split_float32()(functions[name]) for name in ours_alone}
     rate = harness.matmul_rate(arguments.batch, 128, 256)
     unit = FORWARD_FLOP * arguments.batch / rate
     units = {

@@ -78,6 +78,15 @@ inline Isa active_isa() {
   namespace qcsbm::avx2 { __VA_ARGS__ }                         \
   namespace qcsbm::avx512 { __VA_ARGS__ }                       \
   QCSBM_AMX_KERNEL(__VA_ARGS__)
+// Those that there are for AVX-512 alone, with and without matrix registers.
+#define QCSBM_IMAGE_KERNEL(...)          \
+  namespace qcsbm::avx512 { __VA_ARGS__ } \
+  QCSBM_AMX_KERNEL(__VA_ARGS__)
+#define QCSBM_RUN_IMAGES(fn, targs, ...)                                        \
+  switch (qcsbm::active_isa()) {                                                \
+    QCSBM_AMX_CASE(fn<QCSBM_UNWRAP targs>(__VA_ARGS__))                         \
+    default: qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);                \
+  }
 // Calls kernel fn<targs>(...) of the active one; targs in parentheses.
 #define QCSBM_UNWRAP(...) __VA_ARGS__
 #define QCSBM_RUN(fn, targs, ...)                                                               \

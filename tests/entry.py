@@ -9,10 +9,16 @@ from typing import Any
 import torch
 
 from draws import Draw, Size
+from qcsbm_fast.ops.split import HAS_REGISTERS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# Errors of long sums, as shares of the largest value: of float32 products in three parts, of plain loops in float64.
-SUMS = {torch.float32: 2.0**-15, torch.float64: 2.0**-44}
+# Errors of long sums, as shares of the largest value: of float32 products in three parts or transformed as Winograd does
+# it, of the latter of bfloat16 too, and of plain loops in float64.
+SUMS = {
+    torch.float32: 2.0 ** (-15 if HAS_REGISTERS else -18),
+    torch.bfloat16: 2.0**-19,
+    torch.float64: 2.0**-44,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Entry:
     cancels: bool = False
     """Whether its results are differences of numbers near 1, and can be as wrong as these."""
     sums: bool = False
-    """Whether it sums many products, those of float32 perhaps in three of bfloat16: see SUMS."""
+    """Whether it sums many products: see SUMS."""
     chain: int = 1
     """How many ops it runs one after another; what is between them is rounded to the dtype of the images."""
     bench: Size = ()

@@ -1,4 +1,4 @@
-"""The convolution of the matrix registers: its accuracy, its adjoint, what it computes, and who may use it."""
+"""The CPU's convolution: its accuracy, its adjoint, what it computes, and who may use it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from qcsbm_fast.nn import NCSNpp, NCSNppConfig
 from qcsbm_fast.nn.program import NetworkProgram
 from qcsbm_fast.ops import backend, registry
 from qcsbm_fast.ops.registry import OPS
+from qcsbm_fast.ops.split import HAS_REGISTERS
 from tape import Tape
 
 pytestmark = pytest.mark.skipif(
-    not backend.has_kernel("convolve", "cpu"), reason="needs a processor with matrix registers (AMX)"
+    not backend.has_kernel("convolve", "cpu"), reason="needs a processor with AVX-512"
 )
 
 # Batch, probes, channels, channels out, height, width: several images a band, several bands an image, ragged channels.
@@ -31,7 +32,9 @@ SIZES = [
     (1, 1, 32, 32, 3, 200),
     (2, 1, 512, 32, 32, 32),
 ]
-ERRORS = {torch.float32: 6e-6, torch.bfloat16: 2.5e-3}  # of the norm: 2^-16 a product, 2^-8 a stored value
+# Of the norm: split 2^-16 a product, elsewhere some roundings of 2^-24 times what the transforms magnify them; 2^-8 a
+# stored bfloat16.
+ERRORS = {torch.float32: 6e-6 if HAS_REGISTERS else 3e-6, torch.bfloat16: 2.5e-3}
 
 
 def images(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -66,8 +69,8 @@ def test_accuracy(taps: int, size: tuple[int, ...], dtype: torch.dtype) -> None:
                 assert relative_error(ours, theirs) < ERRORS[dtype], name
 
 
-def test_the_split_is_unbiased() -> None:
-    """Its errors are rounding errors: over many products of one sign they cancel, as float32's do."""
+def test_errors_are_unbiased() -> None:
+    """The split's too are rounding errors: over many products of one sign they cancel, as float32's do."""
     x, weight = images(64, 64, 16, 16).abs(), images(64, 64, 3, 3, seed=1).abs()
     exact = OPS["convolve"].reference(x.double(), weight.double(), None, False)
     errors = (ops.convolve(x, weight).double() - exact) / exact
@@ -77,7 +80,7 @@ def test_the_split_is_unbiased() -> None:
 
 
 def test_adjoint_is_exact_to_rounding() -> None:
-    """<u, A v> = <A^T u, v>: the same split weights both ways, which is what keeps a small asymmetry visible."""
+    """<u, A v> = <A^T u, v>: the same weights both ways, which is what keeps a small asymmetry visible."""
     v, u, weight = images(16, 64, 16, 16), images(16, 64, 16, 16, seed=1), images(64, 64, 3, 3, seed=2)
     forward, back = OPS["convolve"](v, weight, None, False), OPS["convolve"](u, weight, None, True)
     scale = forward.double().norm() * u.double().norm()
@@ -111,14 +114,17 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def test_float32_takes_it_only_where_allowed(used: list[str]) -> None:
+def test_split_float32_takes_it_only_where_allowed(used: list[str]) -> None:
+    """Other than by matrix registers float32 is computed as it is, and needs nobody's leave."""
     x, weight = images(2, 16, 8, 8), images(16, 16, 3, 3)
     dual.conv2d(x, weight, padding=1)
-    assert used == []
+    assert used == ([] if HAS_REGISTERS else ["convolve"])
+    used.clear()
     with ops.split_float32():
         y = dual.conv2d(x, weight, padding=1)
-        with ops.split_float32(False):
-            dual.conv2d(x, weight, padding=1)
+        if HAS_REGISTERS:
+            with ops.split_float32(False):
+                dual.conv2d(x, weight, padding=1)
         dual.conv2d(x, weight, padding=0)
         dual.conv2d(x.double(), weight.double(), padding=1)
         dual.conv2d(x[:, :3], weight[:, :3], padding=1)
@@ -216,5 +222,5 @@ def test_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, plain_split, compiled, compiled_split = results
     for one, other in ((plain, compiled), (plain_split, compiled_split)):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert not torch.equal(compiled[0], compiled_split[0])
-    assert not torch.equal(plain[0], plain_split[0])
+    assert torch.equal(compiled[0], compiled_split[0]) != HAS_REGISTERS
+    assert torch.equal(plain[0], plain_split[0]) != HAS_REGISTERS

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import tape
 from qcsbm_fast import NoiseStream, Score, cuda_graph, sde
 from qcsbm_fast.nn import NCSNpp, NCSNppConfig, ToyMLP
+from qcsbm_fast.nn.program import NetworkProgram
 from qcsbm_fast.objectives import DenoisingObjective
 from qcsbm_fast.sampling import pc
 from qcsbm_fast.sampling.noise import SampleNoise
@@ -54,6 +55,8 @@ STEPS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
+    # on a tape a network runs layer by layer, and rounds otherwise than as one call
+    monkeypatch.setattr(NetworkProgram, "fits", lambda self, x: False)
     monkeypatch.setattr(cuda_graph, "record", tape.record)
     monkeypatch.setattr(cuda_graph, "beside", lambda function, device: function())
 

@@ -24,7 +24,7 @@ from qcsbm_fast.nn.res_block import ResBlock
 from qcsbm_fast.ops.layers import HAS_LAYERS
 from test_ncsnpp_options import STRUCTURES, combination, ordinary_network
 
-pytestmark = pytest.mark.skipif(not HAS_LAYERS, reason="the processor has no matrix registers")
+pytestmark = pytest.mark.skipif(not HAS_LAYERS, reason="needs a processor with AVX-512")
 
 fits = NetworkProgram.fits
 
@@ -46,7 +46,7 @@ def path(as_one_call: bool) -> Iterator[list[bool]]:
 @pytest.fixture
 def float64_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels take float64 images, by plain loops; networks do not ask them to."""
-    monkeypatch.setattr(program, "has_registers", lambda x: True)
+    monkeypatch.setattr(program, "has_image_kernels", lambda x: True)
     monkeypatch.setattr(program, "_is_plain", lambda parameter: True)
 
 

@@ -1,11 +1,14 @@
 // Convolution of channels-last images with a kernel of 3 x 3 taps or of one, and its adjoint; the formula stands in
 // qcsbm_fast/ops/convolve.py. A task makes the outputs of one band: left tiles are 16 consecutive pixels, right tiles
 // the weights of 16 output channels.
-#include "convolve.h"
+#include "../images/convolve.h"
 
 #include "tiles.h"
 
 namespace qcsbm::amx {
+
+using images::Convolution;
+using images::Residual;
 namespace {
 
 // The weights (channels_out, taps, channels_in) as right tiles (out / 16, taps, in / 32); `transposed`: of the adjoint,

@@ -1,11 +1,13 @@
 // The weight gradient of a convolution. Left tiles are the cotangents of 16 output channels at 32 consecutive
 // positions, right tiles pairs of pixels of 16 input channels; a tap is a shift of the pixels. Parts of the batch have
 // sums of their own, added in order: the result does not depend on the number of threads.
-#include "convolve.h"
+#include "../images/convolve.h"
 
 #include "tiles.h"
 
 namespace qcsbm::amx {
+
+using images::Convolution;
 namespace {
 
 constexpr int64_t kParts = 8;              // of the batch, or fewer, at least 2,

@@ -10,37 +10,14 @@
 
 #include <omp.h>
 
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
-#include "../cpu/intrinsics.h"
-#include "../cpu/parallel.h"
+#include "../images/lanes.h"
 
 namespace qcsbm::amx {
 
 constexpr int64_t kTile = 512;  // bfloat16 values in a tile register, 16 rows of 64 bytes
 constexpr int64_t kBandBytes = 512 * 1024;  // of converted pixels: they stay in the second-level cache
-
-// Memory that a thread keeps from one call to the next: fresh pages would cost as much as the conversion.
-template <typename T>
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  T* get(int64_t size) {
-    if (size > size_) {
-      std::free(data_);
-      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64)));
-      size_ = data_ ? size : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_;
-  }
-
- private:
-  T* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 // All eight tile registers at full size, for the thread that holds this.
 class Tiles {
@@ -75,13 +52,6 @@ Halves halves(Scratch<uint16_t>& scratch, int64_t size) {
   return {p, kSplit<T> ? p + size : nullptr};
 }
 
-inline __mmask16 lanes_mask(int64_t n) { return n >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << n) - 1); }
-
-inline __m512 load_lanes(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
-inline __m512 load_lanes(const bfloat16* p, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
-}
-
 // 16 values as bfloat16, each in the low half of 32 bits.
 struct Lanes {
   __m512i high, low;
@@ -105,33 +75,6 @@ inline Lanes pair(__m512 first, __m512 second) {
 // The low halves of 2 x 16 values, in order.
 inline __m512i narrow(__m512i first, __m512i second) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)), _mm512_cvtepi32_epi16(second), 1);
-}
-
-// The transpose of 16 x 16 values of 32 bits.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
 }
 
 // 16 rows of 16 pairs, as they were loaded or transposed, as a tile at `to`.
@@ -189,11 +132,6 @@ inline void split_rows(const T* from, int64_t stride, int64_t rows, int64_t coun
                        Halves to) {
   for (int64_t i = 0; i < rows; ++i) split_row(from + i * stride, count, padded, to + i * padded);
   zero_row((padded_rows - rows) * padded, to + rows * padded);
-}
-
-inline void store_lanes(float* p, __m512 v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, v); }
-inline void store_lanes(bfloat16* p, __m512 v, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
 // Images cut into bands. A band is `group` whole images, or `rows` rows of one. Output pixel (line, column) stands at

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <new>
 
 #include "../math/common.h"
@@ -55,6 +56,26 @@ class Buffer {
 
  private:
   T* data_;
+};
+
+// Memory that a thread keeps from one call to the next: fresh pages would cost as much as the conversion.
+template <typename T>
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  T* get(int64_t size) {
+    if (size > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T), 64)));
+      size_ = data_ ? size : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
 };
 
 }  // namespace qcsbm::QCSBM_ISA

@@ -44,10 +44,8 @@ class Products {
       rows<true>(left, 1, row_stride(n), n, m, right + j, row_stride(c), sums + j, row_stride(c));
   }
 
- private:
-  using V = vec_t<A>;
-  static constexpr int64_t kPanel = 2 * kLanes<A>;
-
+  // to (m, kPanel) = left right, or +=; value (i, l) of the left factor at i * row + l * column, rows of the right one
+  // `next` apart.
   template <bool Add>
   static void rows(const A* left, int64_t row, int64_t column, int64_t m, int64_t k, const A* right, int64_t next, A* to,
                    int64_t to_next) {
@@ -57,7 +55,11 @@ class Products {
     for (; i < m; ++i) tile<Add, 1>(left + i * row, row, column, k, right, next, to + i * to_next, to_next);
   }
 
-  // Rows x kPanel results over k products; value (i, l) of the left factor at i * row + l * column.
+ private:
+  using V = vec_t<A>;
+  static constexpr int64_t kPanel = 2 * kLanes<A>;
+
+  // Rows x kPanel results over k products.
   template <bool Add, int Rows>
   static void tile(const A* left, int64_t row, int64_t column, int64_t k, const A* right, int64_t next, A* to,
                    int64_t to_next) {

@@ -1,15 +1,15 @@
 // An attention block with its tangents, and their joint adjoint, as one call that runs the package's kernels one after
-// another; the formula stands in qcsbm_fast/ops/attention_block.py. Registered where csrc/amx is.
-#if defined(QCSBM_AMX)
+// another; the formula stands in qcsbm_fast/ops/attention_block.py. Registered where csrc/images is.
+#if defined(__x86_64__)
 
-#include "../amx/attend.h"
+#include "../images/attend.h"
 
 #include <cmath>
 
 #include "image_blocks.h"
 
 namespace qcsbm {
-namespace amx {
+namespace images {
 namespace {
 
 // One sample in float64, its matrices row by row: query, key and value, (N, C) each, `width` numbers from row to row.
@@ -129,7 +129,7 @@ void attend_adjoint(const Attention& s, const double* g, const double* g_tangent
   }
 }
 
-}  // namespace amx
+}  // namespace images
 
 namespace attention_block {
 namespace {
@@ -142,7 +142,7 @@ struct Block {
   // What the adjoint reads again, each with its tangents: the normalised images, query, key and value, what they give.
   int64_t kept() const { return (1 + probes) * 5 * size(); }
   int64_t statistics() const { return 2 * (1 + probes) * batch * groups; }
-  amx::Convolution shape(int64_t out, int64_t probes) const {
+  images::Convolution shape(int64_t out, int64_t probes) const {
     return {batch, probes * batch, height, width, channels, out, 1};
   }
 };
@@ -173,7 +173,7 @@ struct Parts {
   Pushed<T> h, qkv, o;  // of `kept`
   Norm<T> norm;
   Convolution<T> conv_in, conv_out;
-  amx::Attention attention;
+  images::Attention attention;
 
   Parts(const Block& b, int64_t probes, const Tensor& gamma, const Tensor& beta, const Tensor& weight,
         const Tensor& weight_out, double scale, const Tensor& kept, const Tensor& statistics)
@@ -213,7 +213,7 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& gamma,
     const auto given = pushed<T>(x, tangents);
     parts.norm.push(given, parts.h, eps);
     parts.conv_in.push(parts.h, in<A>(bias), parts.qkv);
-    amx::attend<T>(parts.attention, parts.qkv.images, parts.qkv.tangents, parts.o.images, parts.o.tangents);
+    images::attend<T>(parts.attention, parts.qkv.images, parts.qkv.tangents, parts.o.images, parts.o.tangents);
     const Tensor offset = scaled<A>(bias_out, scale);
     parts.conv_out.push(parts.o, in<A>(offset), pushed<T>(y, y_tangents),
                         {given.images, given.tangents, static_cast<A>(scale)});
@@ -252,7 +252,7 @@ Gradients vjp(
     const Pushed<T> go = part_of<T>(first, b.size()), gqkv = part_of<T>(second, 3 * b.size());
     parts.conv_out.pull(above, go);
     if (weights) parts.conv_out.pull_weight(parts.o, above, gweight_out, gbias_out);
-    amx::attend_adjoint<T>(parts.attention, go.images, go.tangents, parts.qkv.images, parts.qkv.tangents, gqkv.images,
+    images::attend_adjoint<T>(parts.attention, go.images, go.tangents, parts.qkv.images, parts.qkv.tangents, gqkv.images,
                            gqkv.tangents);
     if (weights) parts.conv_in.pull_weight(parts.h, gqkv, gweight, gbias);
     const Pushed<T> gh = go;
@@ -264,7 +264,7 @@ Gradients vjp(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() != Isa::amx) return;
+  if (active_isa() < Isa::avx512) return;
   m.impl("attention_block", TORCH_BOX(&forward));
   m.impl("attention_block_vjp", TORCH_BOX(&vjp));
 }

@@ -1,7 +1,7 @@
 // What the ops that are made of several kernels share: values with their tangents, and the kernels on both.
 #pragma once
 
-#include "../amx/convolve.h"
+#include "../images/convolve.h"
 #include "host.h"
 #include "image_kernels.h"
 
@@ -84,7 +84,7 @@ struct Norm {
               tangent_statistics, batch, pixels, channels, groups, probes, eps, silu);
   }
   void pull(Pushed<const T> g, Pushed<const T> x, Pushed<T> gx, const Tensor* gbias, const Tensor& ggamma,
-            const Tensor& gbeta, amx::Residual<T> residual) const {
+            const Tensor& gbeta, images::Residual<T> residual) const {
     QCSBM_RUN(group_norm_silu_adjoint, (T), g.images, g.tangents, x.images, x.tangents, bias, gamma, beta, statistics,
               tangent_statistics, gx.images, gx.tangents, gbias ? out<A>(*gbias) : nullptr, out<A>(ggamma), out<A>(gbeta),
               batch, pixels, channels, groups, probes, silu, residual.images, residual.tangents, residual.scale);
@@ -95,20 +95,20 @@ struct Norm {
 template <typename T>
 struct Convolution {
   using A = acc_t<T>;
-  amx::Convolution shape;
+  images::Convolution shape;
   const Tensor& weight;
   double factor;
 
-  void push(Pushed<const T> x, const A* bias, Pushed<T> y, amx::Residual<T> residual = {}) const {
-    amx::convolve<T>(shape, x.images, x.tangents, in<A>(weight), bias, y.images, y.tangents, false,
+  void push(Pushed<const T> x, const A* bias, Pushed<T> y, images::Residual<T> residual = {}) const {
+    images::convolve<T>(shape, x.images, x.tangents, in<A>(weight), bias, y.images, y.tangents, false,
                      static_cast<A>(factor), residual);
   }
   void pull(Pushed<const T> g, Pushed<T> gx) const {
-    amx::convolve<T>(shape, g.images, g.tangents, in<A>(weight), nullptr, gx.images, gx.tangents, true,
+    images::convolve<T>(shape, g.images, g.tangents, in<A>(weight), nullptr, gx.images, gx.tangents, true,
                      static_cast<A>(factor), {});
   }
   void pull_weight(Pushed<const T> x, Pushed<const T> g, const Tensor& gweight, const Tensor& gbias) const {
-    amx::convolve_weight<T>(shape, x.images, g.images, x.tangents, g.tangents, out<A>(gweight), out<A>(gbias),
+    images::convolve_weight<T>(shape, x.images, g.images, x.tangents, g.tangents, out<A>(gweight), out<A>(gbias),
                             static_cast<A>(factor));
   }
 };

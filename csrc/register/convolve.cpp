@@ -1,14 +1,14 @@
-// Kernels of csrc/amx; elsewhere nothing is registered and torch's own convolution runs.
-#if defined(QCSBM_AMX)
+// Kernels of csrc/amx and csrc/avx512; elsewhere nothing is registered and torch's own convolution runs.
+#if defined(__x86_64__)
 
-#include "../amx/convolve.h"
+#include "../images/convolve.h"
 
 #include <algorithm>
 
 #include "host.h"
 
 namespace qcsbm {
-namespace amx {
+namespace images {
 
 // f(x, w, y) with the offset of every input value, weight and output value that meet.
 template <class F>
@@ -56,7 +56,7 @@ void convolve_weight(const Convolution& shape, const double* x, const double* g,
     gbias[k % shape.out] += factor * g[k];
 }
 
-}  // namespace amx
+}  // namespace images
 
 namespace {
 
@@ -81,7 +81,7 @@ Tensor checked_result(const Tensor& x, const Tensor& weight, const std::optional
 }
 
 // Of images (*, C, H, W) and a weight (D, C, S, S).
-amx::Convolution convolution(const Tensor& x, int64_t tangent_images, int64_t in, int64_t out, int64_t size) {
+images::Convolution convolution(const Tensor& x, int64_t tangent_images, int64_t in, int64_t out, int64_t size) {
   const int64_t d = x.dim();
   return {count_images(x), tangent_images, x.size(d - 2), x.size(d - 1), in, out, size * size};
 }
@@ -91,7 +91,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   if (y.numel() > 0)
     for_type(x.scalar_type(), "convolve", [&]<typename T>() {
       using A = acc_t<T>;
-      amx::convolve<T>(convolution(x, 0, weight.size(1), weight.size(0), weight.size(2)), in<T>(x), nullptr,
+      images::convolve<T>(convolution(x, 0, weight.size(1), weight.size(0), weight.size(2)), in<T>(x), nullptr,
                        in<A>(weight), in<A>(bias), out<T>(y), nullptr, transposed, 1, {});
     });
   return y;
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> convolve_jvp(const Tensor& x, const Tensor& tangents,
   if (y.numel() > 0)
     for_type(x.scalar_type(), "convolve_jvp", [&]<typename T>() {
       using A = acc_t<T>;
-      amx::convolve<T>(convolution(x, count_images(tangents), weight.size(1), weight.size(0), weight.size(2)), in<T>(x),
+      images::convolve<T>(convolution(x, count_images(tangents), weight.size(1), weight.size(0), weight.size(2)), in<T>(x),
                        in<T>(tangents), in<A>(weight), in<A>(bias), out<T>(y), out<T>(y_tangents), transposed, 1, {});
     });
   return {y, y_tangents};
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
     torch::stable::zero_(gbias);
   } else {
     for_type(x.scalar_type(), "convolve_weight", [&]<typename T>() {
-      amx::convolve_weight<T>(convolution(x, tangents ? count_images(*tangents) : 0, in_channels, channels, size),
+      images::convolve_weight<T>(convolution(x, tangents ? count_images(*tangents) : 0, in_channels, channels, size),
                               in<T>(x), in<T>(g), in<T>(tangents), in<T>(g_tangents), out<acc_t<T>>(gweight),
                               out<acc_t<T>>(gbias), 1);
     });
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() != Isa::amx) return;
+  if (active_isa() < Isa::avx512) return;
   m.impl("convolve", TORCH_BOX(&convolve));
   m.impl("convolve_jvp", TORCH_BOX(&convolve_jvp));
   m.impl("convolve_weight", TORCH_BOX(&convolve_weight));

@@ -35,8 +35,8 @@ inline Value windows_of(const Layers& l, const Windows& w, const Value& x, bool 
   if (w.direct()) return x;
   const Value y = l.new_pair({w.patch(), w.out.rows, w.out.cols}, tangents, probes);
   for_type(l.type, kName, [&]<typename T>() {
-    amx::patches<T>(w.patches(l.batch), in<T>(x.images), out<T>(y.images));
-    if (probes) amx::patches<T>(w.patches(probes * l.batch), in<T>(x.tangents), out<T>(*y.tangents));
+    QCSBM_RUN(patches, (T), w.patches(l.batch), in<T>(x.images), out<T>(y.images));
+    if (probes) QCSBM_RUN(patches, (T), w.patches(probes * l.batch), in<T>(x.tangents), out<T>(*y.tangents));
   });
   return y;
 }
@@ -70,13 +70,13 @@ inline Tensor sum_of(const Tensor& a, const Tensor& b) {
 
 // The bias of a residual block, (B, D): the first convolution's, and what the block makes of the embedding.
 inline Tensor noise_bias(const Layers& l, const Step& step) {
-  const amx::NoiseBias shape = l.noise_bias(step);
+  const qcsbm::NoiseBias shape = l.noise_bias(step);
   const int64_t e = step.embedding();
   const Tensor &own = step.parameter(3), result = host::new_empty({shape.batch, shape.channels}, own.scalar_type());
   for_real(own, [&]<typename A>() {
     if (step.has_embedding()) {
       const Tensor offset = sum_of(own, step.parameter(e + 1));
-      amx::noise_bias<A>(shape, in<A>(*l.embedding), in<A>(step.parameter(e)), in<A>(offset), out<A>(result));
+      QCSBM_RUN(noise_bias, (A), shape, in<A>(*l.embedding), in<A>(step.parameter(e)), in<A>(offset), out<A>(result));
     } else {
       for (int64_t b = 0; b < shape.batch; ++b)
         std::copy_n(in<A>(own), shape.channels, out<A>(result) + b * shape.channels);

@@ -1,6 +1,6 @@
 // Layers of an image network, one after another, on values with their tangents: what qcsbm_fast/ops/layers.py says.
-// Registered where csrc/amx is.
-#if defined(QCSBM_AMX)
+// Registered where csrc/images is.
+#if defined(__x86_64__)
 
 #include "layer_kernels.h"
 
@@ -54,9 +54,9 @@ Value push(const Layers& l, const Step& step, const Value& a, const Value& b, st
       for_type(l.type, kName, [&]<typename T>() {
         const Pushed<const T> left = read<T>(a), right = read<T>(b);
         const Pushed<T> both = write<T>(y);
-        amx::join_channels<T>(left.images, right.images, both.images, pixels, shape.channels, second);
+        QCSBM_RUN(join_channels, (T), left.images, right.images, both.images, pixels, shape.channels, second);
         if (tangents)
-          amx::join_channels<T>(left.tangents, right.tangents, both.tangents, l.probes * pixels, shape.channels,
+          QCSBM_RUN(join_channels, (T), left.tangents, right.tangents, both.tangents, l.probes * pixels, shape.channels,
                                 second);
       });
       return y;
@@ -106,7 +106,7 @@ std::vector<Tensor> forward(const Tensor& x, const Maybe& tangents, const Maybe&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() != Isa::amx) return;
+  if (active_isa() < Isa::avx512) return;
   m.impl("layers", TORCH_BOX(&forward));
 }
 

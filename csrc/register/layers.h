@@ -1,8 +1,8 @@
 // A program of layers, checked for one batch; see qcsbm_fast/ops/layers.py.
 #pragma once
 
-#include "../amx/noise_bias.h"
-#include "../amx/patches.h"
+#include "../cpu/noise_bias.h"
+#include "../cpu/patches.h"
 #include "image_blocks.h"
 
 namespace qcsbm::layers {
@@ -97,11 +97,11 @@ struct Windows {
     return stride == 1 && in.rows == out.rows && in.cols == out.cols && before == size / 2 &&
            (size == 1 || in.channels >= kLeastChannels);
   }
-  amx::Patches patches(int64_t images) const {
+  qcsbm::Patches patches(int64_t images) const {
     return {images, in.rows, in.cols, in.channels, out.rows, out.cols, stride, before};
   }
   int64_t patch() const { return size * size * in.channels; }
-  amx::Convolution shape(int64_t batch, int64_t probes) const {
+  images::Convolution shape(int64_t batch, int64_t probes) const {
     const bool whole = direct();
     return {batch, probes * batch, out.rows, out.cols, whole ? in.channels : patch(), out.channels,
             whole ? size * size : 1};
@@ -174,7 +174,7 @@ class Layers {
     return {first(step), shapes[step.index + 1], step.parameter(0).size(2), step.own(0), step.own(1)};
   }
 
-  amx::NoiseBias noise_bias(const Step& step) const {
+  qcsbm::NoiseBias noise_bias(const Step& step) const {
     return {batch, step.parameter(2).size(0), step.has_embedding() ? embedding->size(1) : 0};
   }
 

@@ -1,5 +1,5 @@
 // The joint adjoint of layers one after another; see layers.cpp.
-#if defined(QCSBM_AMX)
+#if defined(__x86_64__)
 
 #include "layer_kernels.h"
 
@@ -66,21 +66,21 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
     convolution.pull(read<T>(g), write<T>(gtaps));
     if (w.direct()) return add(step[kFirst], gtaps);
     const Value gx = new_cotangent(w.in, g);
-    amx::patches_adjoint<T>(w.patches(l.batch), in<T>(gtaps.images), out<T>(gx.images));
-    if (probes) amx::patches_adjoint<T>(w.patches(probes * l.batch), in<T>(gtaps.tangents), out<T>(*gx.tangents));
+    QCSBM_RUN(patches_adjoint, (T), w.patches(l.batch), in<T>(gtaps.images), out<T>(gx.images));
+    if (probes) QCSBM_RUN(patches_adjoint, (T), w.patches(probes * l.batch), in<T>(gtaps.tangents), out<T>(*gx.tangents));
     add(step[kFirst], gx);
   });
 }
 
 // The gradients of a block's weight for the embedding and of its first convolution's bias; adds to the embedding's.
 std::pair<Tensor, Tensor> Adjoint::pull_noise_bias(const Step& step, const Tensor& gbias) {
-  const amx::NoiseBias shape = l.noise_bias(step);
+  const qcsbm::NoiseBias shape = l.noise_bias(step);
   const Tensor gweight = host::new_empty({shape.channels, shape.width}, gbias.scalar_type());
   const Tensor goffset = host::new_empty({shape.channels}, gbias.scalar_type());
   for_real(gbias, [&]<typename A>() {
     const A* const none = nullptr;
     const bool given = step.has_embedding();
-    amx::noise_bias_adjoint<A>(shape, in<A>(gbias), given ? in<A>(*l.embedding) : none,
+    QCSBM_RUN(noise_bias_adjoint, (A), shape, in<A>(gbias), given ? in<A>(*l.embedding) : none,
                                given ? in<A>(step.parameter(step.embedding())) : none, out<A>(gembedding),
                                out<A>(gweight), out<A>(goffset));
   });
@@ -153,9 +153,9 @@ void Adjoint::pull(const Step& step, const Value& g, const Value& a, const Tenso
         const Pushed<const T> both = read<T>(g);
         const Pushed<T> ga = write<T>(left), gb = write<T>(right);
         const int64_t pixels = l.batch * shape.rows * shape.cols;
-        amx::part_channels<T>(both.images, ga.images, gb.images, pixels, shape.channels, second.channels);
+        QCSBM_RUN(part_channels, (T), both.images, ga.images, gb.images, pixels, shape.channels, second.channels);
         if (tangents)
-          amx::part_channels<T>(both.tangents, ga.tangents, gb.tangents, probes * pixels, shape.channels,
+          QCSBM_RUN(part_channels, (T), both.tangents, ga.tangents, gb.tangents, probes * pixels, shape.channels,
                                 second.channels);
       });
       add(step[kFirst], left);
@@ -255,7 +255,7 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() != Isa::amx) return;
+  if (active_isa() < Isa::avx512) return;
   m.impl("layers_vjp", TORCH_BOX(&vjp));
 }
 

@@ -1,6 +1,6 @@
 // A residual block with its tangents, and their joint adjoint, as one call that runs the package's kernels one after
-// another; the formula stands in qcsbm_fast/ops/res_block.py. Registered where csrc/amx is.
-#if defined(QCSBM_AMX)
+// another; the formula stands in qcsbm_fast/ops/res_block.py. Registered where csrc/images is.
+#if defined(__x86_64__)
 
 #include "image_blocks.h"
 
@@ -26,7 +26,7 @@ struct Block {
   int64_t kept() const { return (1 + probes) * (inner(channels) * (halves() ? 2 : 1) + 2 * inner(out)); }
   int64_t statistics() const { return 2 * (1 + probes) * batch * (groups_in + groups_out); }
   // Inside the block or outside.
-  amx::Convolution shape(bool inside, int64_t in, int64_t taps, int64_t probes) const {
+  images::Convolution shape(bool inside, int64_t in, int64_t taps, int64_t probes) const {
     return {batch, probes * batch, inside ? rows : height, inside ? cols : width, in, out, taps};
   }
 };
@@ -145,7 +145,7 @@ Result forward(const Tensor& x, const Maybe& tangents, const Tensor& bias, const
     if (b.resamples()) parts.resample(a, parts.h, b.channels, false);
     parts.conv_in.push(parts.h, nullptr, parts.u);
     parts.norm_out.push(parts.u, parts.k, eps);
-    amx::Residual<T> residual{given.images, given.tangents, static_cast<acc_t<T>>(scale)};
+    images::Residual<T> residual{given.images, given.tangents, static_cast<acc_t<T>>(scale)};
     if (shortcut) {
       residual = {result.images, result.tangents, 1};
       const auto project = [&](bool inside, Pushed<const T> from, Pushed<T> to) {
@@ -221,7 +221,7 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
       ga = part_of<T>(second, b.outer(b.channels));
       parts.resample(gh, ga, b.channels, true);
     }
-    amx::Residual<T> residual{above.images, above.tangents, static_cast<acc_t<T>>(scale)};
+    images::Residual<T> residual{above.images, above.tangents, static_cast<acc_t<T>>(scale)};
     if (projects) {
       const Pushed<T> back = part_of<T>(third, b.outer(b.channels));
       residual = {back.images, back.tangents, 1};
@@ -248,7 +248,7 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() != Isa::amx) return;
+  if (active_isa() < Isa::avx512) return;
   m.impl("res_block", TORCH_BOX(&forward));
   m.impl("res_block_vjp", TORCH_BOX(&vjp));
 }

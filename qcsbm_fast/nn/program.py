@@ -13,7 +13,7 @@ from torch.nn.modules import module as hooks
 
 from .. import dual
 from ..dual import Dual, V
-from ..ops import has_registers
+from ..ops import has_image_kernels
 from ..ops.layers import HAS_LAYERS, Program, Step, layers
 from .attention import Attention
 from .image_layers import Conv, ConvResample, GroupNormSiLU, Join, Resample, Sum, ToImage
@@ -59,7 +59,7 @@ class NetworkProgram:
         values = [x.primal, x.tangents] if isinstance(x, Dual) else [x]
         return (
             self._known
-            and has_registers(values[0])
+            and has_image_kernels(values[0])
             and forward_ad._current_level < 0
             and not torch._C._are_functorch_transforms_active()
             and not torch._C._len_torch_dispatch_stack()

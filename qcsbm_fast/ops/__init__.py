@@ -3,7 +3,7 @@
 from .asymmetry import asymmetry
 from .attention_block import attention_block
 from .bias_act import bias_act, bias_act_jvp
-from .convolve import convolve, convolve_jvp, has_convolution, has_registers
+from .convolve import convolve, convolve_jvp, has_convolution, has_image_kernels
 from .denoising_residual import denoising_residual
 from .fir import fir
 from .group_norm_silu import group_norm_silu, group_norm_silu_jvp
@@ -29,7 +29,7 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_jvp",
     "has_convolution",
-    "has_registers",
+    "has_image_kernels",
     "langevin_step",
     "perturb",
     "philox_normal",

@@ -149,8 +149,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise NotImplementedError(
-            "the network has no derivative of this order: take J v from a qcsbm_fast.Dual, or run it by its layers in "
-            "float32 outside split_float32"
+            "the network has no derivative of this order: differentiate the tangents of a qcsbm_fast.Dual instead"
         )
 
 

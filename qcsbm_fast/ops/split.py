@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
+from . import backend
+
+# Whether float32 convolutions would be split; their kernels for other processors, with AVX-512, take float32 as it is.
+HAS_REGISTERS = backend.WHY_NOT_NATIVE is None and import_module("qcsbm_fast._host").active_isa() == "amx"
 allowed = False
 
 

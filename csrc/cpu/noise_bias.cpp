@@ -3,7 +3,7 @@
 
 #include "../cpu/simd.h"
 
-namespace qcsbm::amx {
+namespace qcsbm::QCSBM_ISA {
 namespace {
 
 // to += factor x.
@@ -55,4 +55,4 @@ void noise_bias_adjoint(const NoiseBias& s, const A* g, const A* e, const A* w, 
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(double)
 
-}  // namespace qcsbm::amx
+}  // namespace qcsbm::QCSBM_ISA

@@ -4,7 +4,7 @@
 
 #include "../cpu/simd.h"
 
-namespace qcsbm::amx {
+namespace qcsbm::QCSBM_ISA {
 namespace {
 
 constexpr int64_t kSize = 3;
@@ -99,4 +99,4 @@ QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(double)
 QCSBM_INSTANTIATE(bfloat16)
 
-}  // namespace qcsbm::amx
+}  // namespace qcsbm::QCSBM_ISA

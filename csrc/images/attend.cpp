@@ -2,92 +2,19 @@
 // are made again in the adjoint and never leave the second-level cache.
 #include "attend.h"
 
-#include "../cpu/simd.h"
-#include "tiles.h"
+#ifdef __AMX_BF16__
+#include "../amx/matrices.h"
+#else
+#include "../avx512/matrices.h"
+#endif
 
-namespace qcsbm::amx {
+namespace qcsbm::QCSBM_ISA {
+
+using images::Attention;
+
 namespace {
 
 constexpr int64_t kQueries = 128;  // rows of p at a time, a multiple of 32
-
-// A matrix of bfloat16, or of pairs of them, row by row; rows are a multiple of 32 values long and zero at their ends.
-struct Matrix {
-  Halves at;
-  int64_t rows, cols;
-  Matrix from(int64_t row, int64_t count) const { return {at + row * cols, count, cols}; }
-};
-
-inline Left rows_of(const Matrix& m) { return {m.at, 16 * m.cols, 2 * m.cols, 32}; }
-
-// Memory of one task, handed out piece by piece.
-template <bool Split>
-class Workspace {
- public:
-  Matrix matrix(int64_t rows, int64_t cols) { return {take(rows * cols), rows, cols}; }
-  Halves take(int64_t values) {
-    values = round_up(values, 32);
-    const Halves piece{next_, Split ? next_ + values : nullptr};
-    next_ += values * (Split ? 2 : 1);
-    return piece;
-  }
-  float* floats(int64_t values) {
-    uint16_t* const piece = next_;
-    next_ += round_up(2 * values, 32);
-    return reinterpret_cast<float*>(piece);
-  }
-  explicit Workspace(uint16_t* memory) : next_(memory) {}
-
- private:
-  uint16_t* next_;
-};
-
-// Tiles from 32 rows and 16 columns of `m`: pairs of rows for each column, in the order of the rows (a right factor), or
-// of the columns (`transposed`: a left factor of the transpose). Tiles (columns / 16, rows / 32).
-template <bool Split>
-Halves pair_rows(const Matrix& m, bool transposed, Halves to) {
-  const auto pairs = [&](const uint16_t* first) {
-    const __m512i even = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)first));
-    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(first + m.cols)));
-    return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
-  };
-  for (int64_t c = 0; c < m.cols; c += 16)
-    for (int64_t r = 0; r < m.rows; r += 32) {
-      __m512i high[16], low[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        const int64_t at = (r + 2 * i) * m.cols + c;
-        high[i] = pairs(m.at.high + at);
-        if (Split) low[i] = pairs(m.at.low + at);
-      }
-      store_tile<Split>(high, low, transposed, to + (c / 16 * (m.rows / 32) + r / 32) * kTile);
-    }
-  return to;
-}
-
-// The right factor m, and m^T.
-template <bool Split>
-Right right_of(const Matrix& m, Workspace<Split>& space) {
-  return {pair_rows<Split>(m, false, space.take(m.rows * m.cols)), m.rows / 32};
-}
-template <bool Split>
-Right right_of_transpose(const Matrix& m, Workspace<Split>& space) {
-  const Halves to = space.take(m.rows * m.cols);
-  const int64_t steps = m.cols / 32;
-  for (int64_t r = 0; r < m.rows; r += 16)
-    for (int64_t c = 0; c < m.cols; c += 32) {
-      __m512i high[16], low[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        high[i] = _mm512_load_si512(m.at.high + (r + i) * m.cols + c);
-        if (Split) low[i] = _mm512_load_si512(m.at.low + (r + i) * m.cols + c);
-      }
-      store_tile<Split>(high, low, true, to + (r / 16 * steps + c / 32) * kTile);
-    }
-  return {to, steps};
-}
-// The left factor m^T, at `to`.
-template <bool Split>
-Left left_of_transpose(const Matrix& m, Halves to) {
-  return {pair_rows<Split>(m, true, to), m.rows / 32 * kTile, 64, kTile};
-}
 
 // Calls f(j, mask) for each vector of a row's `count` values.
 template <class F>
@@ -120,7 +47,6 @@ inline void softmax_row(float* row, int64_t count, int64_t padded) {
 // One sample's query, key and value or their cotangents: rows of 3 C values.
 template <typename T>
 struct Sample {
-  static constexpr bool S = kSplit<T>;
   const Attention& shape;
   int64_t tokens, channels, rows;  // padded; rows of p at a time
 
@@ -131,7 +57,7 @@ struct Sample {
         rows(std::min(kQueries, tokens)) {}
 
   // Part `part` of rows of `width` values as a matrix.
-  Matrix read(const T* from, int64_t part, int64_t width, Workspace<S>& space) const {
+  Matrix read(const T* from, int64_t part, int64_t width, Workspace<T>& space) const {
     const Matrix m = space.matrix(tokens, channels);
     split_rows(from + part * shape.channels, width, shape.tokens, shape.channels, tokens, channels, m.at);
     return m;
@@ -147,22 +73,21 @@ struct Sample {
   P* at(P* images, P* tangents, int64_t sample, int64_t k, int64_t width) const {
     return (k ? tangents + (k - 1) * shape.batch * shape.tokens * width : images) + sample * shape.tokens * width;
   }
-  // Values that a task needs at most, in units of 16 bits.
+  // What a task needs at most.
   int64_t memory(int64_t matrices, int64_t blocks, int64_t sums) const {
-    const int64_t halves = S ? 2 : 1;
-    return matrices * halves * tokens * channels + blocks * rows * tokens * halves + sums * 2 + 64 * 64;
+    return Workspace<T>::size((matrices * channels + blocks * rows) * tokens, sums);
   }
 };
 
 // z and z'_k for `count` queries from `first` on.
-template <bool Split>
+template <typename T>
 void scores(const Buffer<Matrix>& query, const Buffer<Right>& key, int64_t probes, int64_t first, int64_t count,
             int64_t tokens, Buffer<float*>& z) {
   const Left q = rows_of(query[0].from(first, count));
-  multiply<Split>(q, key[0], count, tokens, z[0], false);
+  multiply<T>(q, key[0], count, tokens, z[0], false);
   for (int64_t k = 1; k <= probes; ++k) {
-    multiply<Split>(rows_of(query[k].from(first, count)), key[0], count, tokens, z[k], false);
-    multiply<Split>(q, key[k], count, tokens, z[k], true);
+    multiply<T>(rows_of(query[k].from(first, count)), key[0], count, tokens, z[k], false);
+    multiply<T>(q, key[k], count, tokens, z[k], true);
   }
 }
 
@@ -176,50 +101,49 @@ void for_queries(int64_t tokens, F&& f) {
 
 template <typename T>
 void attend(const Attention& shape, const T* qkv, const T* qkv_tangents, T* y, T* y_tangents) {
-  constexpr bool S = kSplit<T>;
   const Sample<T> sample(shape);
   const int64_t tokens = sample.tokens, channels = sample.channels, probes = shape.probes, width = 3 * shape.channels;
   const int64_t rows = sample.rows, block = rows * tokens;
   const int64_t memory = sample.memory(5 * (1 + probes), 1 + probes, (1 + probes) * block + rows * channels);
 #pragma omp parallel if (shape.batch > 1)
   {
-    static thread_local Scratch<uint16_t> scratch;
-    uint16_t* const mine = scratch.get(memory);
+    static thread_local Scratch<typename Workspace<T>::Unit> scratch;
+    auto* const mine = scratch.get(memory);
     Buffer<Matrix> query(1 + probes), p(1 + probes);
     Buffer<Right> key(1 + probes), value(1 + probes);
     Buffer<float*> z(1 + probes);
-    Tiles registers;
+    [[maybe_unused]] Registers registers;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < shape.batch; ++b) {
-      Workspace<S> space(mine);
+      Workspace<T> space(mine);
       for (int64_t k = 0; k <= probes; ++k) {
         const T* const from = sample.at(qkv, qkv_tangents, b, k, width);
         query[k] = sample.read(from, 0, width, space);
-        key[k] = right_of_transpose(sample.read(from, 1, width, space), space);
-        value[k] = right_of(sample.read(from, 2, width, space), space);
+        key[k] = right_of_transpose<T>(sample.read(from, 1, width, space), space.take(tokens * channels));
+        value[k] = right_of<T>(sample.read(from, 2, width, space), space.take(tokens * channels));
         p[k] = space.matrix(rows, tokens);
         z[k] = space.floats(block);
       }
       float* const sums = space.floats(rows * channels);
       for_queries(tokens, [&](int64_t first, int64_t count) {
-        scores<S>(query, key, probes, first, count, tokens, z);
+        scores<T>(query, key, probes, first, count, tokens, z);
         for (int64_t i = 0; i < count; ++i) {
           float* const row = z[0] + i * tokens;
           softmax_row(row, shape.tokens, tokens);
-          for (int64_t j = 0; j < tokens; j += 16) store_halves<S>(p[0].at + (i * tokens + j), row_at(row, j));
+          for (int64_t j = 0; j < tokens; j += 16) store_values<T>(p[0].at + (i * tokens + j), row_at(row, j));
           for (int64_t k = 1; k <= probes; ++k) {
             const float* const moved = z[k] + i * tokens;
             const __m512 mean = _mm512_set1_ps(dot(row, moved, tokens));
             for (int64_t j = 0; j < tokens; j += 16)
-              store_halves<S>(p[k].at + (i * tokens + j), row_at(row, j) * (row_at(moved, j) - mean));
+              store_values<T>(p[k].at + (i * tokens + j), row_at(row, j) * (row_at(moved, j) - mean));
           }
         }
         const Left held = rows_of(p[0].from(0, count));
-        multiply<S>(held, value[0], count, channels, sums, false);
+        multiply<T>(held, value[0], count, channels, sums, false);
         sample.write(sums, first, count, sample.at(y, y_tangents, b, 0, shape.channels), shape.channels);
         for (int64_t k = 1; k <= probes; ++k) {
-          multiply<S>(rows_of(p[k].from(0, count)), value[0], count, channels, sums, false);
-          multiply<S>(held, value[k], count, channels, sums, true);
+          multiply<T>(rows_of(p[k].from(0, count)), value[0], count, channels, sums, false);
+          multiply<T>(held, value[k], count, channels, sums, true);
           sample.write(sums, first, count, sample.at(y, y_tangents, b, k, shape.channels), shape.channels);
         }
       });
@@ -230,7 +154,6 @@ void attend(const Attention& shape, const T* qkv, const T* qkv_tangents, T* y, T
 template <typename T>
 void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, const T* qkv, const T* qkv_tangents,
                     T* gqkv, T* gqkv_tangents) {
-  constexpr bool S = kSplit<T>;
   const Sample<T> sample(shape);
   const int64_t tokens = sample.tokens, channels = sample.channels, probes = shape.probes, width = 3 * shape.channels;
   const int64_t rows = sample.rows, block = rows * tokens, image = tokens * channels;
@@ -238,23 +161,24 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
                                        (1 + probes) * (2 * block + 2 * image) + rows * channels);
 #pragma omp parallel if (shape.batch > 1)
   {
-    static thread_local Scratch<uint16_t> scratch;
-    uint16_t* const mine = scratch.get(memory);
+    static thread_local Scratch<typename Workspace<T>::Unit> scratch;
+    auto* const mine = scratch.get(memory);
     // of values and tangents: factors of z and y, p and the cotangents of z, sums of the gradients of key and value
     Buffer<Matrix> query(1 + probes), above(1 + probes), p(1 + probes), gz(1 + probes);
     Buffer<Right> key(1 + probes), keys(1 + probes), value(1 + probes), query_rows(1 + probes), above_rows(1 + probes);
+    Buffer<Values> query_at(1 + probes), above_at(1 + probes);
     Buffer<float*> z(1 + probes), gp(1 + probes), gkey(1 + probes), gvalue(1 + probes);
-    Tiles registers;
+    [[maybe_unused]] Registers registers;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < shape.batch; ++b) {
-      Workspace<S> space(mine);
+      Workspace<T> space(mine);
       for (int64_t k = 0; k <= probes; ++k) {
         const T* const from = sample.at(qkv, qkv_tangents, b, k, width);
         query[k] = sample.read(from, 0, width, space);
         const Matrix key_rows = sample.read(from, 1, width, space);
-        key[k] = right_of_transpose(key_rows, space);
-        keys[k] = right_of(key_rows, space);
-        value[k] = right_of_transpose(sample.read(from, 2, width, space), space);
+        key[k] = right_of_transpose<T>(key_rows, space.take(tokens * channels));
+        keys[k] = right_of<T>(key_rows, space.take(tokens * channels));
+        value[k] = right_of_transpose<T>(sample.read(from, 2, width, space), space.take(tokens * channels));
         above[k] = sample.read(sample.at(g, g_tangents, b, k, shape.channels), 0, shape.channels, space);
         p[k] = space.matrix(rows, tokens);
         gz[k] = space.matrix(rows, tokens);
@@ -262,18 +186,18 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
         gp[k] = space.floats(block);
         gkey[k] = space.floats(image);
         gvalue[k] = space.floats(image);
-        query_rows[k].at = space.take(rows * channels);
-        above_rows[k].at = space.take(rows * channels);
+        query_at[k] = space.take(rows * channels);
+        above_at[k] = space.take(rows * channels);
       }
-      const Halves turned = space.take(block);
+      const Values turned = space.take(block);
       float* const sums = space.floats(rows * channels);
       for_queries(tokens, [&](int64_t first, int64_t count) {
-        scores<S>(query, key, probes, first, count, tokens, z);
-        multiply<S>(rows_of(above[0].from(first, count)), value[0], count, tokens, gp[0], false);
+        scores<T>(query, key, probes, first, count, tokens, z);
+        multiply<T>(rows_of(above[0].from(first, count)), value[0], count, tokens, gp[0], false);
         for (int64_t k = 1; k <= probes; ++k) {
           const Left gk = rows_of(above[k].from(first, count));
-          multiply<S>(gk, value[0], count, tokens, gp[k], false);
-          multiply<S>(gk, value[k], count, tokens, gp[0], true);
+          multiply<T>(gk, value[0], count, tokens, gp[k], false);
+          multiply<T>(gk, value[k], count, tokens, gp[0], true);
         }
         for (int64_t i = 0; i < count; ++i) {
           float *const row = z[0] + i * tokens, *const total = gp[0] + i * tokens;
@@ -284,40 +208,40 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
             const __m512 gmean = _mm512_set1_ps(dot(row, gmoved, tokens));
             for (int64_t j = 0; j < tokens; j += 16) {
               const __m512 held = row_at(row, j), t = row_at(moved, j), gt = row_at(gmoved, j);
-              store_halves<S>(p[k].at + (i * tokens + j), held * (t - mean));
-              store_halves<S>(gz[k].at + (i * tokens + j), held * (gt - gmean));
+              store_values<T>(p[k].at + (i * tokens + j), held * (t - mean));
+              store_values<T>(gz[k].at + (i * tokens + j), held * (gt - gmean));
               _mm512_store_ps(total + j, row_at(total, j) + gt * (t - mean) - t * gmean);
             }
           }
           const __m512 mean = _mm512_set1_ps(dot(row, total, tokens));
           for (int64_t j = 0; j < tokens; j += 16) {
             const __m512 held = row_at(row, j);
-            store_halves<S>(p[0].at + (i * tokens + j), held);
-            store_halves<S>(gz[0].at + (i * tokens + j), held * (row_at(total, j) - mean));
+            store_values<T>(p[0].at + (i * tokens + j), held);
+            store_values<T>(gz[0].at + (i * tokens + j), held * (row_at(total, j) - mean));
           }
         }
         for (int64_t k = 0; k <= probes; ++k) {
-          query_rows[k] = {pair_rows<S>(query[k].from(first, count), false, query_rows[k].at), count / 32};
-          above_rows[k] = {pair_rows<S>(above[k].from(first, count), false, above_rows[k].at), count / 32};
+          query_rows[k] = right_of<T>(query[k].from(first, count), query_at[k]);
+          above_rows[k] = right_of<T>(above[k].from(first, count), above_at[k]);
         }
         const bool add = first > 0;
         // the query's: gz k + sum gz'_k k'_k, and gz'_k k
-        multiply<S>(rows_of(gz[0].from(0, count)), keys[0], count, channels, sums, false);
+        multiply<T>(rows_of(gz[0].from(0, count)), keys[0], count, channels, sums, false);
         for (int64_t k = 1; k <= probes; ++k)
-          multiply<S>(rows_of(gz[k].from(0, count)), keys[k], count, channels, sums, true);
+          multiply<T>(rows_of(gz[k].from(0, count)), keys[k], count, channels, sums, true);
         sample.write(sums, first, count, sample.at(gqkv, gqkv_tangents, b, 0, width), width);
         for (int64_t k = 1; k <= probes; ++k) {
-          multiply<S>(rows_of(gz[k].from(0, count)), keys[0], count, channels, sums, false);
+          multiply<T>(rows_of(gz[k].from(0, count)), keys[0], count, channels, sums, false);
           sample.write(sums, first, count, sample.at(gqkv, gqkv_tangents, b, k, width), width);
         }
         // the key's gz^T q + sum gz'_k^T q'_k, and gz'_k^T q; the value's likewise, of p and the cotangents
         const auto gather = [&](const Buffer<Matrix>& left, const Buffer<Right>& right, Buffer<float*>& to, bool held) {
           for (int64_t k = 0; k <= probes; ++k) {
-            const Left t = left_of_transpose<S>(left[k].from(0, count), turned);
-            multiply<S>(t, right[k], tokens, channels, to[0], add || k > 0);
+            const Left t = left_of_transpose<T>(left[k].from(0, count), turned);
+            multiply<T>(t, right[k], tokens, channels, to[0], add || k > 0);
             if (held && k == 0)
-              for (int64_t l = 1; l <= probes; ++l) multiply<S>(t, right[l], tokens, channels, to[l], add);
-            if (!held && k > 0) multiply<S>(t, right[0], tokens, channels, to[k], add);
+              for (int64_t l = 1; l <= probes; ++l) multiply<T>(t, right[l], tokens, channels, to[l], add);
+            if (!held && k > 0) multiply<T>(t, right[0], tokens, channels, to[k], add);
           }
         };
         gather(gz, query_rows, gkey, false);
@@ -338,4 +262,4 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(bfloat16)
 
-}  // namespace qcsbm::amx
+}  // namespace qcsbm::QCSBM_ISA

@@ -1,0 +1,191 @@
+// Convolution of channels-last images and its adjoint. A task makes the outputs of some cells: their components, the
+// products with those of the weights, and back.
+#include <utility>
+
+#include "cells.h"
+
+namespace qcsbm::avx512 {
+
+using images::Residual;
+
+namespace {
+
+constexpr int kRows = 14;  // cells whose sums with two vectors of outputs the registers hold
+constexpr int64_t kCells = 4 * kRows;  // of a task, at most, or fewer:
+constexpr int64_t kNumbers = 200000;  // components of a task's inputs and sums stay in the second-level cache
+
+// The components of the weights, panels of 32 output channels (16, if the last has no more): (components, in, 32).
+template <int64_t Taps>
+struct Weights {
+  static constexpr int64_t C = kComponents<Taps>;
+  int64_t channels_out, channels_in;
+  bool transposed;
+  float factor;  // of every weight
+  int64_t in, out;  // channels as the product sees them
+
+  Weights(const Convolution& shape, bool transposed, float factor)
+      : channels_out(shape.out),
+        channels_in(shape.in),
+        transposed(transposed),
+        factor(factor),
+        in(transposed ? channels_out : channels_in),
+        out(transposed ? channels_in : channels_out) {}
+
+  int64_t size() const { return C * in * round_up(out, 16); }
+  int64_t panel(int64_t output) const { return C * in * output; }  // where the panel from `output` on begins
+  int64_t width(int64_t output) const { return out - output / 32 * 32 > 16 ? 32 : 16; }
+  int64_t count() const { return blocks_of(out, 16) * blocks_of(in, 16); }
+
+  // Of 16 outputs and 16 inputs.
+  void make_block(const float* weight, int64_t index, float* to) const {
+    const int64_t output = index / blocks_of(in, 16) * 16, input = index % blocks_of(in, 16) * 16;
+    const int64_t inputs = std::min<int64_t>(16, in - input), wide = width(output);
+    __m512 taps[Taps][16];  // for each input a vector of outputs
+    for (int64_t tap = 0; tap < Taps; ++tap) {
+      if (transposed) {
+        for (int64_t k = 0; k < inputs; ++k)
+          taps[tap][k] = load_lanes(weight + ((input + k) * Taps + Taps - 1 - tap) * channels_in + output,
+                                    lanes_mask(out - output));
+      } else {
+        __m512i rows[16] = {};
+        for (int64_t d = 0; d < std::min<int64_t>(16, out - output); ++d)
+          rows[d] = (__m512i)load_lanes(weight + ((output + d) * Taps + tap) * channels_in + input, lanes_mask(inputs));
+        transpose(rows);
+        for (int64_t k = 0; k < inputs; ++k) taps[tap][k] = (__m512)rows[k];
+      }
+    }
+    to += panel(output / 32 * 32) + input * wide + output % 32;
+    for (int64_t k = 0; k < inputs; ++k, to += wide) {
+      if constexpr (Taps == 9) {
+        transform<3, 6>(FromWeights{}, [&](int i, int j) { return taps[3 * i + j][k] * factor; },
+                        [&](int i, int j, __m512 v) { _mm512_store_ps(to + (6 * i + j) * in * wide, v); });
+      } else {
+        _mm512_store_ps(to, taps[0][k] * factor);
+      }
+    }
+  }
+};
+
+// Sums of Rows cells and 16 * Cols outputs over `in` channels: (Cols, cells, 16) at `sums`, as Components has them.
+template <int Rows, int Cols>
+void product(const float* left, int64_t left_next, const float* right, int64_t in, float* sums, int64_t sums_next) {
+  __m512 total[Rows][Cols] = {};
+  for (int64_t c = 0; c < in; c += 16, left += left_next) {
+    const int64_t count = std::min<int64_t>(16, in - c);
+    for (int64_t k = 0; k < count; ++k, right += 16 * Cols) {
+      __m512 w[Cols];
+#pragma GCC unroll 2
+      for (int j = 0; j < Cols; ++j) w[j] = _mm512_load_ps(right + 16 * j);
+#pragma GCC unroll 14
+      for (int i = 0; i < Rows; ++i) {
+        const __m512 value = _mm512_set1_ps(left[16 * i + k]);
+#pragma GCC unroll 2
+        for (int j = 0; j < Cols; ++j) total[i][j] = _mm512_fmadd_ps(value, w[j], total[i][j]);
+      }
+    }
+  }
+#pragma GCC unroll 14
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < Cols; ++j) _mm512_store_ps(sums + j * sums_next + 16 * i, total[i][j]);
+}
+
+// The outputs of 16 channels, `valid` of them there, from the components in `sums`.
+template <int64_t Taps, typename T>
+void write_outputs(const Cells<Taps>& cells, int64_t first, int64_t count, const float* sums, int64_t next, __m512 bias,
+                   const T* residual, float scale, T* y, int64_t channels, int64_t valid) {
+  const __mmask16 mask = lanes_mask(valid);
+  const auto write = [&](int64_t pixel, __m512 v) __attribute__((always_inline)) {
+    v += bias;
+    if (residual) v += load_lanes(residual + pixel * channels, mask) * scale;
+    store_lanes(y + pixel * channels, v, mask);
+  };
+  if constexpr (Taps == 1) {
+    for (int64_t i = 0; i < count; ++i) write(first + i, _mm512_load_ps(sums + 16 * i));
+  } else {
+    cells.for_cells(first, count, [&](int64_t i, int64_t image, int64_t row, int64_t col) {
+      const int64_t pixel = (image * cells.height + row) * cells.width + col;
+      const int64_t rows = cells.height - row, cols = cells.width - col;
+      transform<6, 4>(ToOutputs{},
+                      [&](int a, int b) __attribute__((always_inline)) {
+                        return _mm512_load_ps(sums + (6 * a + b) * next + 16 * i);
+                      },
+                      [&](int a, int b, __m512 v) __attribute__((always_inline)) {
+                        if (a < rows && b < cols) write(pixel + a * cells.width + b, v);
+                      });
+    });
+  }
+}
+
+template <int64_t Taps, typename T>
+void run(const Convolution& shape, const T* x, const T* tangents, const float* weight, const float* bias, T* y,
+         T* y_tangents, bool transposed, float factor, Residual<T> residual) {
+  static thread_local Scratch<float> weights_scratch;
+  const Weights<Taps> weights(shape, transposed, factor);
+  const int64_t in = weights.in, out = weights.out;
+  float* const made = weights_scratch.get(weights.size());
+  const Cells<Taps> primal(shape.images, shape), tangent(shape.tangent_images, shape);
+  // A few blocks of cells for each thread.
+  const int64_t share = (primal.count() + tangent.count()) / (4 * omp_get_max_threads()) + 1;
+  const int64_t fitting = std::min(kCells, kNumbers / (kComponents<Taps> * (in + 32)) / kRows * kRows);
+  const int64_t most = std::clamp<int64_t>(round_up(share, kRows), kRows, std::max<int64_t>(kRows, fitting));
+  const int64_t primal_blocks = blocks_of(primal.count(), most), blocks = primal_blocks + blocks_of(tangent.count(), most);
+  // Few cells' output channels are shared among threads, too.
+  const int64_t shares = std::clamp<int64_t>(omp_get_max_threads() / blocks, 1, blocks_of(out, 32));
+  const int64_t pixels = (shape.images + shape.tangent_images) * shape.height * shape.width;
+#pragma omp parallel if ((pixels + 9) * in * out > 4 * kGrain)  // the weights are as much work as some pixels
+  {
+    static thread_local Scratch<float> scratch;
+    const int64_t read = kComponents<Taps> * Components::next_of(most, in);
+    float* const mine = scratch.get(read + kComponents<Taps> * Components::next_of(most, 32));
+    const Components inputs(mine, most, in), sums(mine + read, most, 32);
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < weights.count(); ++index) weights.make_block(weight, index, made);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < blocks * shares; ++task) {
+      const bool pushed = task >= primal_blocks * shares;
+      const Cells<Taps>& cells = pushed ? tangent : primal;
+      const int64_t block = task / shares - (pushed ? primal_blocks : 0);
+      const int64_t own = pushed ? blocks - primal_blocks : primal_blocks;
+      const int64_t first = block * cells.count() / own, count = (block + 1) * cells.count() / own - first;
+      const T* const added = pushed ? residual.tangents : residual.images;
+      T* const to = pushed ? y_tangents : y;
+      read_inputs(cells, pushed ? tangents : x, in, first, count, inputs);
+      for (int64_t n = task % shares * 32; n < out; n += shares * 32) {
+        const int64_t wide = weights.width(n);
+        for (int64_t c = 0; c < kComponents<Taps>; ++c) {
+          const float* const right = made + weights.panel(n) + c * in * wide;
+          for_groups<kRows>(count, [&]<int Rows>(int64_t i) {
+            const float* const left = inputs.at + c * inputs.next + 16 * i;
+            float* const at = sums.at + c * sums.next + 16 * i;
+            wide > 16 ? product<Rows, 2>(left, 16 * most, right, in, at, 16 * most)
+                      : product<Rows, 1>(left, 16 * most, right, in, at, 16 * most);
+          });
+        }
+        for (int64_t j = n; j < std::min(n + 32, out); j += 16) {
+          const __m512 offset = bias && !pushed ? load_lanes(bias + j, lanes_mask(out - j)) : __m512{};
+          write_outputs(cells, first, count, sums.at + (j - n) * most, sums.next, offset, added ? added + j : nullptr,
+                        residual.scale, to + j, out, out - j);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void convolve(const Convolution& shape, const T* x, const T* tangents, const acc_t<T>* weight, const acc_t<T>* bias,
+              T* y, T* y_tangents, bool transposed, acc_t<T> factor, Residual<T> residual) {
+  for_taps(shape.taps, [&]<int64_t Taps>() {
+    run<Taps>(shape, x, tangents, weight, bias, y, y_tangents, transposed, factor, residual);
+  });
+}
+
+#define QCSBM_INSTANTIATE(T)                                                                                    \
+  template void convolve<T>(const Convolution&, const T*, const T*, const float*, const float*, T*, T*, bool, float, \
+                            Residual<T>);
+QCSBM_INSTANTIATE(float)
+QCSBM_INSTANTIATE(bfloat16)
+
+}  // namespace qcsbm::avx512
