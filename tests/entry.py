@@ -12,8 +12,8 @@ from draws import Draw, Size
 from qcsbm_fast.ops.split import HAS_REGISTERS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# Errors of long sums, as shares of the largest value: of float32 products in three parts or transformed as Winograd does
-# it, of the latter of bfloat16 too, and of plain loops in float64.
+# Errors of long sums, as shares of the largest value: of float32 products in three parts or transformed as by Winograd,
+# of the latter of bfloat16 too, and of plain loops in float64.
 SUMS = {
     torch.float32: 2.0 ** (-15 if HAS_REGISTERS else -18),
     torch.bfloat16: 2.0**-19,
