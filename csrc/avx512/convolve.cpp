@@ -11,7 +11,7 @@ using images::Residual;
 namespace {
 
 constexpr int kRows = 14;  // cells whose sums with two vectors of outputs the registers hold
-constexpr int64_t kCells = 4 * kRows;  // of a task, at most, or fewer:
+constexpr int64_t kCells = 2 * kRows;  // of a task, at most, or fewer:
 constexpr int64_t kNumbers = 200000;  // components of a task's inputs and sums stay in the second-level cache
 
 // The components of the weights, panels of 32 output channels (16, if the last has no more): (components, in, 32).

@@ -60,7 +60,7 @@ def settings_for(image: bool) -> Settings:
     """What is measured by default: points are cheap, and their Jacobian is taken whole."""
     if image:
         return Settings(
-            points=500, levels=20, probes=4, oracle_points=50, nll_points=50, repeats=3, samples=300
+            points=500, levels=10, probes=1, oracle_points=50, nll_points=50, repeats=2, samples=150
         )
     return Settings(5000, 20, 1, oracle_points=2000, nll_points=2000, repeats=1, samples=5000)
 
