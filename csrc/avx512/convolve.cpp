@@ -14,7 +14,8 @@ constexpr int kRows = 14;  // cells whose sums with two vectors of outputs the r
 constexpr int64_t kCells = 2 * kRows;  // of a task, at most, or fewer:
 constexpr int64_t kNumbers = 200000;  // components of a task's inputs and sums stay in the second-level cache
 
-// The components of the weights, panels of 32 output channels (16, if the last has no more): (components, in, 32).
+// The components of the weights, panels of 32 output channels (16, if the last has no more): (components, in, 32), components
+// an odd number of cache lines apart, like Components.
 template <int64_t Taps>
 struct Weights {
   static constexpr int64_t C = kComponents<Taps>;
@@ -31,9 +32,10 @@ struct Weights {
         in(transposed ? channels_out : channels_in),
         out(transposed ? channels_in : channels_out) {}
 
-  int64_t size() const { return C * in * round_up(out, 16); }
-  int64_t panel(int64_t output) const { return C * in * output; }  // where the panel from `output` on begins
+  int64_t size() const { return panel(round_up(out, 32)); }
+  int64_t panel(int64_t output) const { return C * (in * 32 + 16) * (output / 32); }  // where that with `output` begins
   int64_t width(int64_t output) const { return out - output / 32 * 32 > 16 ? 32 : 16; }
+  int64_t next(int64_t output) const { return (in * width(output) / 16 | 1) * 16; }  // to the next component
   int64_t count() const { return blocks_of(out, 16) * blocks_of(in, 16); }
 
   // Of 16 outputs and 16 inputs.
@@ -47,18 +49,22 @@ struct Weights {
           taps[tap][k] = load_lanes(weight + ((input + k) * Taps + Taps - 1 - tap) * channels_in + output,
                                     lanes_mask(out - output));
       } else {
-        __m512i rows[16] = {};
-        for (int64_t d = 0; d < std::min<int64_t>(16, out - output); ++d)
-          rows[d] = (__m512i)load_lanes(weight + ((output + d) * Taps + tap) * channels_in + input, lanes_mask(inputs));
+        __m512i rows[16];
+        for (int64_t d = 0; d < 16; ++d) {
+          const bool inside = output + d < out;
+          const float* const from = weight + (inside ? ((output + d) * Taps + tap) * channels_in + input : 0);
+          rows[d] = (__m512i)load_lanes(from, inside ? lanes_mask(inputs) : __mmask16{0});
+        }
         transpose(rows);
-        for (int64_t k = 0; k < inputs; ++k) taps[tap][k] = (__m512)rows[k];
+        for (int64_t k = 0; k < 16; ++k) taps[tap][k] = (__m512)rows[k];
       }
     }
-    to += panel(output / 32 * 32) + input * wide + output % 32;
+    const int64_t next = this->next(output);
+    to += panel(output) + input * wide + output % 32;
     for (int64_t k = 0; k < inputs; ++k, to += wide) {
       if constexpr (Taps == 9) {
         transform<3, 6>(FromWeights{}, [&](int i, int j) { return taps[3 * i + j][k] * factor; },
-                        [&](int i, int j, __m512 v) { _mm512_store_ps(to + (6 * i + j) * in * wide, v); });
+                        [&](int i, int j, __m512 v) { _mm512_store_ps(to + (6 * i + j) * next, v); });
       } else {
         _mm512_store_ps(to, taps[0][k] * factor);
       }
@@ -154,7 +160,7 @@ void run(const Convolution& shape, const T* x, const T* tangents, const float* w
       for (int64_t n = task % shares * 32; n < out; n += shares * 32) {
         const int64_t wide = weights.width(n);
         for (int64_t c = 0; c < kComponents<Taps>; ++c) {
-          const float* const right = made + weights.panel(n) + c * in * wide;
+          const float* const right = made + weights.panel(n) + c * weights.next(n);
           for_groups<kRows>(count, [&]<int Rows>(int64_t i) {
             const float* const left = inputs.at + c * inputs.next + 16 * i;
             float* const at = sums.at + c * sums.next + 16 * i;
