@@ -191,10 +191,9 @@ struct Parts {
 
 }  // namespace
 
-Result forward(const Tensor& x, const Maybe& tangents, const Tensor& gamma,
-                                                   const Tensor& beta, const Tensor& weight, const Tensor& bias,
-                                                   const Tensor& weight_out, const Tensor& bias_out, int64_t groups,
-                                                   double eps, double scale) {
+Result forward(const Tensor& x, const Maybe& tangents, const Tensor& gamma, const Tensor& beta, const Tensor& weight,
+               const Tensor& bias, const Tensor& weight_out, const Tensor& bias_out, int64_t groups, double eps,
+               double scale) {
   const char* op = "attention_block";
   const Block b = checked(op, x, tangents, gamma, beta, weight, weight_out, groups);
   check_vector(bias, 3 * b.channels, x, op, "bias");

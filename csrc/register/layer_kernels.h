@@ -70,7 +70,7 @@ inline Tensor sum_of(const Tensor& a, const Tensor& b) {
 
 // The bias of a residual block, (B, D): the first convolution's, and what the block makes of the embedding.
 inline Tensor noise_bias(const Layers& l, const Step& step) {
-  const qcsbm::NoiseBias shape = l.noise_bias(step);
+  const NoiseBias shape = l.noise_bias(step);
   const int64_t e = step.embedding();
   const Tensor &own = step.parameter(3), result = host::new_empty({shape.batch, shape.channels}, own.scalar_type());
   for_real(own, [&]<typename A>() {

@@ -97,7 +97,7 @@ struct Windows {
     return stride == 1 && in.rows == out.rows && in.cols == out.cols && before == size / 2 &&
            (size == 1 || in.channels >= kLeastChannels);
   }
-  qcsbm::Patches patches(int64_t images) const {
+  Patches patches(int64_t images) const {
     return {images, in.rows, in.cols, in.channels, out.rows, out.cols, stride, before};
   }
   int64_t patch() const { return size * size * in.channels; }
@@ -174,7 +174,7 @@ class Layers {
     return {first(step), shapes[step.index + 1], step.parameter(0).size(2), step.own(0), step.own(1)};
   }
 
-  qcsbm::NoiseBias noise_bias(const Step& step) const {
+  NoiseBias noise_bias(const Step& step) const {
     return {batch, step.parameter(2).size(0), step.has_embedding() ? embedding->size(1) : 0};
   }
 

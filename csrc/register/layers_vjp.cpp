@@ -74,7 +74,7 @@ void Adjoint::pull_convolution(const Step& step, const Value& g, const Value& a)
 
 // The gradients of a block's weight for the embedding and of its first convolution's bias; adds to the embedding's.
 std::pair<Tensor, Tensor> Adjoint::pull_noise_bias(const Step& step, const Tensor& gbias) {
-  const qcsbm::NoiseBias shape = l.noise_bias(step);
+  const NoiseBias shape = l.noise_bias(step);
   const Tensor gweight = host::new_empty({shape.channels, shape.width}, gbias.scalar_type());
   const Tensor goffset = host::new_empty({shape.channels}, gbias.scalar_type());
   for_real(gbias, [&]<typename A>() {
