@@ -93,10 +93,8 @@ def variants(setting: Setting, compiled: bool = False, device: str = "cpu") -> V
         torch.rand(setting.batch, 3, 32, 32).to(device),
         torch.logspace(-2, 1, setting.batch).to(device),
     )
-    with (
-        torch.no_grad(),
-        FlopCounterMode(display=False) as counter,
-    ):  # of torch's convolutions, which it knows
+    # of torch's convolutions, which the counter knows
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         copy.deepcopy(net).to("meta")(x0.to("meta"), sigma.to("meta"))
 
     def objective(network: nn.Module, factor: float, fraction: float = 1.0) -> DenoisingObjective:

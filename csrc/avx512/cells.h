@@ -96,17 +96,23 @@ constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 // 1 over the products of a point's distances from the others
 constexpr float kZeroShare = 1 / (kA2 * kB2), kAShare = 1 / (2 * kA2 * (kA2 - kB2)), kBShare = 1 / (2 * kB2 * (kB2 - kA2));
 
-// B^T x
+// The values of a polynomial at 0, +-a, +-b and infinity from its even and odd parts at a and b.
+inline __attribute__((always_inline)) void at_points(__m512 zero, __m512 even_a, __m512 odd_a, __m512 even_b,
+                                                     __m512 odd_b, __m512 infinity, __m512 (&y)[6]) {
+  y[0] = zero;
+  y[1] = even_a + odd_a;
+  y[2] = even_a - odd_a;
+  y[3] = even_b + odd_b;
+  y[4] = even_b - odd_b;
+  y[5] = infinity;
+}
+
+// B^T x; `kSize` pixels, the first `kBefore` before the cell.
 struct FromInputs {
+  static constexpr int kSize = 6, kBefore = 1;
   inline __attribute__((always_inline)) void operator()(const __m512 (&x)[6], __m512 (&y)[6]) const {
-    const __m512 even_a = x[4] - kB2 * x[2], odd_a = x[3] - kB2 * x[1];
-    const __m512 even_b = x[4] - kA2 * x[2], odd_b = x[3] - kA2 * x[1];
-    y[0] = kA2 * kB2 * x[0] + (x[4] - (kA2 + kB2) * x[2]);
-    y[1] = even_a + kA * odd_a;
-    y[2] = even_a - kA * odd_a;
-    y[3] = even_b + kB * odd_b;
-    y[4] = even_b - kB * odd_b;
-    y[5] = kA2 * kB2 * x[1] + (x[5] - (kA2 + kB2) * x[3]);
+    at_points(kA2 * kB2 * x[0] + (x[4] - (kA2 + kB2) * x[2]), x[4] - kB2 * x[2], kA * (x[3] - kB2 * x[1]),
+              x[4] - kA2 * x[2], kB * (x[3] - kA2 * x[1]), kA2 * kB2 * x[1] + (x[5] - (kA2 + kB2) * x[3]), y);
   }
 };
 // A^T x
@@ -121,28 +127,17 @@ struct ToOutputs {
 };
 // A x
 struct FromCotangents {
+  static constexpr int kSize = 4, kBefore = 0;
   inline __attribute__((always_inline)) void operator()(const __m512 (&x)[4], __m512 (&y)[6]) const {
-    const __m512 even_a = x[0] + kA2 * x[2], odd_a = kA * x[1] + kA * kA2 * x[3];
-    const __m512 even_b = x[0] + kB2 * x[2], odd_b = kB * x[1] + kB * kB2 * x[3];
-    y[0] = x[0];
-    y[1] = even_a + odd_a;
-    y[2] = even_a - odd_a;
-    y[3] = even_b + odd_b;
-    y[4] = even_b - odd_b;
-    y[5] = x[3];
+    at_points(x[0], x[0] + kA2 * x[2], kA * x[1] + kA * kA2 * x[3], x[0] + kB2 * x[2], kB * x[1] + kB * kB2 * x[3], x[3],
+              y);
   }
 };
 // G x
 struct FromWeights {
   inline __attribute__((always_inline)) void operator()(const __m512 (&x)[3], __m512 (&y)[6]) const {
-    const __m512 even_a = kAShare * x[0] + kAShare * kA2 * x[2], odd_a = kAShare * kA * x[1];
-    const __m512 even_b = kBShare * x[0] + kBShare * kB2 * x[2], odd_b = kBShare * kB * x[1];
-    y[0] = kZeroShare * x[0];
-    y[1] = even_a + odd_a;
-    y[2] = even_a - odd_a;
-    y[3] = even_b + odd_b;
-    y[4] = even_b - odd_b;
-    y[5] = x[2];
+    at_points(kZeroShare * x[0], kAShare * x[0] + kAShare * kA2 * x[2], kAShare * kA * x[1],
+              kBShare * x[0] + kBShare * kB2 * x[2], kBShare * kB * x[1], x[2], y);
   }
 };
 // G^T x
@@ -169,27 +164,34 @@ struct Components {
   float* of(int64_t block, int64_t i) const { return this->at + (block * cells + i) * 16; }
 };
 
-// Those of `count` cells from `first` on, as a convolution reads them.
+// 16 channels' components of `count` cells from `first` on; read(pixel) loads these channels.
+template <class From, int64_t Taps, class Read>
+inline __attribute__((always_inline)) void make_components(const Cells<Taps>& cells, int64_t first, int64_t count,
+                                                           const Components& made, int64_t block, Read&& read) {
+  if constexpr (Taps == 1) {
+    for (int64_t i = 0; i < count; ++i) _mm512_store_ps(made.of(block, i), read(first + i));
+  } else {
+    cells.for_cells(first, count, [&](int64_t i, int64_t image, int64_t row, int64_t col) {
+      float* const to = made.of(block, i);
+      cells.with_pixels(image, row - From::kBefore, col - From::kBefore, From::kSize, read,
+                        [&](auto&& at) __attribute__((always_inline)) {
+                          transform<From::kSize, 6>(From{}, at, [&](int k, int l, __m512 v) __attribute__((always_inline)) {
+                            _mm512_store_ps(to + (6 * k + l) * made.next, v);
+                          });
+                        });
+    });
+  }
+}
+
+// As a convolution reads them.
 template <int64_t Taps, typename T>
 void read_inputs(const Cells<Taps>& cells, const T* x, int64_t channels, int64_t first, int64_t count,
                  const Components& made) {
   for (int64_t c = 0; c < channels; c += 16) {
     const __mmask16 mask = lanes_mask(channels - c);
-    const auto read = [&](int64_t pixel) __attribute__((always_inline)) {
+    make_components<FromInputs>(cells, first, count, made, c / 16, [&](int64_t pixel) __attribute__((always_inline)) {
       return load_lanes(x + pixel * channels + c, mask);
-    };
-    if constexpr (Taps == 1) {
-      for (int64_t i = 0; i < count; ++i) _mm512_store_ps(made.of(c / 16, i), read(first + i));
-    } else {
-      cells.for_cells(first, count, [&](int64_t i, int64_t image, int64_t row, int64_t col) {
-        float* const to = made.of(c / 16, i);
-        cells.with_pixels(image, row - 1, col - 1, 6, read, [&](auto&& at) __attribute__((always_inline)) {
-          transform<6, 6>(FromInputs{}, at, [&](int k, int l, __m512 v) __attribute__((always_inline)) {
-            _mm512_store_ps(to + (6 * k + l) * made.next, v);
-          });
-        });
-      });
-    }
+    });
   }
 }
 

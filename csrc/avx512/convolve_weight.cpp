@@ -9,34 +9,23 @@ namespace {
 
 constexpr int64_t kParts = 8;        // of the batch, or fewer, at least 2,
 constexpr int64_t kSums = 300000;    // so that all their sums are about so many
-constexpr int64_t kPartCells = 64;  // and each has so many to sum
+constexpr int64_t kPartCells = 64;   // and each has so many to sum
 constexpr int64_t kCells = 64;       // handled at once
 constexpr int kRows = 8;             // outputs whose sums with two vectors of inputs the registers hold
 
-// Components of the cotangents of channels [first, last), and their sums over the pixels added to `totals`.
+// Components of the cotangents of channels [from, to), and their sums over the pixels added to `totals`.
 template <int64_t Taps, typename T>
 void read_cotangents(const Cells<Taps>& cells, const T* g, int64_t channels, int64_t from, int64_t to, int64_t first,
-                     int64_t count, Components made, float* totals) {
+                     int64_t count, const Components& made, float* totals) {
   for (int64_t c = from; c < to; c += 16) {
     const __mmask16 mask = lanes_mask(channels - c);
     __m512 total = {};
-    const auto read = [&](int64_t pixel) __attribute__((always_inline)) {
+    const int64_t block = (c - from) / 16;
+    make_components<FromCotangents>(cells, first, count, made, block, [&](int64_t pixel) __attribute__((always_inline)) {
       const __m512 v = load_lanes(g + pixel * channels + c, mask);
       total += v;
       return v;
-    };
-    if constexpr (Taps == 1) {
-      for (int64_t i = 0; i < count; ++i) _mm512_store_ps(made.of((c - from) / 16, i), read(first + i));
-    } else {
-      cells.for_cells(first, count, [&](int64_t i, int64_t image, int64_t row, int64_t col) {
-        float* const to = made.of((c - from) / 16, i);
-        cells.with_pixels(image, row, col, 4, read, [&](auto&& at) __attribute__((always_inline)) {
-          transform<4, 6>(FromCotangents{}, at, [&](int k, int l, __m512 v) __attribute__((always_inline)) {
-            _mm512_store_ps(to + (6 * k + l) * made.next, v);
-          });
-        });
-      });
-    }
+    });
     _mm512_storeu_ps(totals + c, _mm512_loadu_ps(totals + c) + total);
   }
 }
