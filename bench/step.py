@@ -109,9 +109,10 @@ def variants(setting: Setting, compiled: bool = False, device: str = "cpu") -> V
 
     def ours(loss: DenoisingObjective, precision: Precision) -> None:
         loss.zero_grad(set_to_none=True)
-        with precision(device):
-            value = loss(x0).loss
-        value.backward()
+        with split_float32(precision.split):
+            with precision(device):
+                value = loss(x0).loss
+            value.backward()
 
     def baseline(merged: bool) -> None:
         plain.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -60,6 +61,9 @@ inline Isa active_isa() {
   return isa;
 }
 
+// Whether float32 products may be taken in three of bfloat16; qcsbm_fast/ops/split.py says when.
+inline std::atomic<bool> split_allowed{false};
+
 }  // namespace qcsbm
 
 // Declares a kernel for each instruction set that the build has.
@@ -69,24 +73,27 @@ inline Isa active_isa() {
   namespace qcsbm::amx { __VA_ARGS__ }
 #define QCSBM_AMX_CASE(...) \
   case qcsbm::Isa::amx: qcsbm::amx::__VA_ARGS__; break;
+#define QCSBM_BY_REGISTERS(targs, ...)                                                                          \
+  if (qcsbm::active_isa() == qcsbm::Isa::amx && (sizeof(QCSBM_UNWRAP targs) == 2 || qcsbm::split_allowed)) \
+    qcsbm::amx::__VA_ARGS__;                                                                                   \
+  else
 #else
 #define QCSBM_AMX_KERNEL(...)
 #define QCSBM_AMX_CASE(...)
+#define QCSBM_BY_REGISTERS(targs, ...)
 #endif
 #define QCSBM_KERNEL(...)                                       \
   namespace qcsbm::baseline { __VA_ARGS__ }                     \
   namespace qcsbm::avx2 { __VA_ARGS__ }                         \
   namespace qcsbm::avx512 { __VA_ARGS__ }                       \
   QCSBM_AMX_KERNEL(__VA_ARGS__)
-// Those that there are for AVX-512 alone, with and without matrix registers.
+// Those that there are for AVX-512 alone. Matrix registers take bfloat16, and float32 where it may be split.
 #define QCSBM_IMAGE_KERNEL(...)          \
   namespace qcsbm::avx512 { __VA_ARGS__ } \
   QCSBM_AMX_KERNEL(__VA_ARGS__)
-#define QCSBM_RUN_IMAGES(fn, targs, ...)                                        \
-  switch (qcsbm::active_isa()) {                                                \
-    QCSBM_AMX_CASE(fn<QCSBM_UNWRAP targs>(__VA_ARGS__))                         \
-    default: qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);                \
-  }
+#define QCSBM_RUN_IMAGES(fn, targs, ...)                                \
+  QCSBM_BY_REGISTERS(targs, fn<QCSBM_UNWRAP targs>(__VA_ARGS__))        \
+  qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);
 // Calls kernel fn<targs>(...) of the active one; targs in parentheses.
 #define QCSBM_UNWRAP(...) __VA_ARGS__
 #define QCSBM_RUN(fn, targs, ...)                                                               \

@@ -100,9 +100,9 @@ def convolution(
 def swish_mlp(
     probes: int, *, grads: int = 0, inputs: bool = True, weights: bool = True
 ) -> Callable[[Draw, Size], tuple[Any, ...]]:
-    """Arguments `x, tangents, parameters, widths, split` of `(B, D_0, ...)`.
+    """Arguments `x, tangents, parameters, widths` of `(B, D_0, ...)`.
 
-    With cotangents `g, gdot, x, tangents, pre, pre_dot, parameters, widths, inputs, weights, split`.
+    With cotangents `g, gdot, x, tangents, pre, pre_dot, parameters, widths, inputs, weights`.
     """
 
     def build(d: Draw, size: Size) -> tuple[Any, ...]:
@@ -119,16 +119,16 @@ def swish_mlp(
 
         x = pushed(widths[0], probes)
         if not grads:
-            return *x, parameters, widths, False
+            return *x, parameters, widths
         g = pushed(widths[-1], probes if grads > 1 else 0)
         columns = sum(widths[1:-1])
         pre = d.normal(rows, columns).to(dtype), d.normal(probes, rows, columns).to(dtype)
-        return *g, *x, *pre, parameters, widths, inputs, weights, False
+        return *g, *x, *pre, parameters, widths, inputs, weights
 
     return build
 
 
-def swish_mlp_public(x: Tensor, t: Tensor | None, parameters: Tensor, widths: list[int], split: bool) -> Any:
+def swish_mlp_public(x: Tensor, t: Tensor | None, parameters: Tensor, widths: list[int]) -> Any:
     return ops.swish_mlp(x, parameters, widths) if t is None else ops.swish_mlp_jvp(x, t, parameters, widths)
 
 

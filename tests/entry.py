@@ -12,10 +12,10 @@ from draws import Draw, Size
 from qcsbm_fast.ops.split import HAS_REGISTERS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# Errors of long sums, as shares of the largest value: of float32 products in three parts or transformed as by Winograd,
-# of the latter of bfloat16 too, and of plain loops in float64.
+# Errors of long sums, as shares of the largest value: of products transformed as by Winograd, where there are no matrix
+# registers those of bfloat16 too, and of plain loops in float64.
 SUMS = {
-    torch.float32: 2.0 ** (-15 if HAS_REGISTERS else -18),
+    torch.float32: 2.0**-18,
     torch.bfloat16: 0.0 if HAS_REGISTERS else 2.0**-19,
     torch.float64: 2.0**-44,
 }

@@ -32,9 +32,10 @@ SIZES = [
     (1, 1, 32, 32, 3, 200),
     (2, 1, 512, 32, 32, 32),
 ]
-# Of the norm: split 2^-16 a product, elsewhere some roundings of 2^-24 times what the transforms magnify them; 2^-8 a
-# stored bfloat16.
-ERRORS = {torch.float32: 6e-6 if HAS_REGISTERS else 3e-6, torch.bfloat16: 2.5e-3}
+# Of the norm: some roundings of 2^-24 times what the transforms magnify them; split 2^-16 a product; 2^-8 a stored
+# bfloat16.
+ERRORS = {"float32": 3e-6, "split": 6e-6, "bfloat16": 2.5e-3}
+splits = pytest.mark.parametrize("split", [False, True] if HAS_REGISTERS else [False])
 
 
 def images(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -46,12 +47,13 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return ((value.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("precision", ERRORS if HAS_REGISTERS else ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("taps", [3, 1])
-def test_accuracy(taps: int, size: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_accuracy(taps: int, size: tuple[int, ...], precision: str) -> None:
     """Images, tangents, adjoint and weight gradient against float64."""
     b, k, c, d, h, w = size
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, t = images(b, c, h, w, dtype=dtype), images(k, b, c, h, w, dtype=dtype, seed=1)
     g, gt = images(b, d, h, w, dtype=dtype, seed=2), images(k, b, d, h, w, dtype=dtype, seed=3)
     weight, bias = images(d, c, taps, taps, seed=4), torch.randn(d)
@@ -63,26 +65,31 @@ def test_accuracy(taps: int, size: tuple[int, ...], dtype: torch.dtype) -> None:
     for name, arguments in calls.items():
         for call in arguments:
             exact = OPS[name].reference(*(a.double() if isinstance(a, Tensor) else a for a in call))
-            got = OPS[name](*call)
+            with ops.split_float32(precision == "split"):
+                got = OPS[name](*call)
             pairs = [(got, exact)] if isinstance(got, Tensor) else zip(got, exact, strict=True)
             for ours, theirs in pairs:
-                assert relative_error(ours, theirs) < ERRORS[dtype], name
+                assert relative_error(ours, theirs) < ERRORS[precision], name
 
 
-def test_errors_are_unbiased() -> None:
+@splits
+def test_errors_are_unbiased(split: bool) -> None:
     """The split's too are rounding errors: over many products of one sign they cancel, as float32's do."""
     x, weight = images(64, 64, 16, 16).abs(), images(64, 64, 3, 3, seed=1).abs()
     exact = OPS["convolve"].reference(x.double(), weight.double(), None, False)
-    errors = (ops.convolve(x, weight).double() - exact) / exact
+    with ops.split_float32(split):
+        errors = (ops.convolve(x, weight).double() - exact) / exact
     # 4 standard errors of 16384 pixels whose errors share the 36864 weights
     assert errors.abs().max() < 2e-5
     assert abs(errors.mean()) < 4e-7
 
 
-def test_adjoint_is_exact_to_rounding() -> None:
+@splits
+def test_adjoint_is_exact_to_rounding(split: bool) -> None:
     """<u, A v> = <A^T u, v>: the same weights both ways, which is what keeps a small asymmetry visible."""
     v, u, weight = images(16, 64, 16, 16), images(16, 64, 16, 16, seed=1), images(64, 64, 3, 3, seed=2)
-    forward, back = OPS["convolve"](v, weight, None, False), OPS["convolve"](u, weight, None, True)
+    with ops.split_float32(split):
+        forward, back = OPS["convolve"](v, weight, None, False), OPS["convolve"](u, weight, None, True)
     scale = forward.double().norm() * u.double().norm()
     assert abs((u.double() * forward).sum() - (back.double() * v).sum()) < 1e-7 * scale
 
@@ -114,25 +121,33 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def test_split_float32_takes_it_only_where_allowed(used: list[str]) -> None:
-    """Other than by matrix registers float32 is computed as it is, and needs nobody's leave."""
+def test_which_convolutions_it_takes(used: list[str]) -> None:
     x, weight = images(2, 16, 8, 8), images(16, 16, 3, 3)
-    dual.conv2d(x, weight, padding=1)
-    assert used == ([] if HAS_REGISTERS else ["convolve"])
-    used.clear()
-    with ops.split_float32():
-        y = dual.conv2d(x, weight, padding=1)
-        if HAS_REGISTERS:
-            with ops.split_float32(False):
-                dual.conv2d(x, weight, padding=1)
-        dual.conv2d(x, weight, padding=0)
-        dual.conv2d(x.double(), weight.double(), padding=1)
-        dual.conv2d(x[:, :3], weight[:, :3], padding=1)
+    dual.conv2d(x, weight, padding=0)
+    dual.conv2d(x.double(), weight.double(), padding=1)
+    dual.conv2d(x[:, :3], weight[:, :3], padding=1)
+    assert not used
+    y = dual.conv2d(x, weight, padding=1)
     assert used == ["convolve"]
-    assert relative_error(y, F.conv2d(x.double(), weight.double(), padding=1)) < 6e-6
+    assert relative_error(y, F.conv2d(x.double(), weight.double(), padding=1)) < ERRORS["float32"]
     with torch.autocast("cpu", torch.bfloat16):
         assert dual.conv2d(x, weight, padding=1).dtype == torch.bfloat16
     assert used == ["convolve"] * 2
+
+
+def test_float32_is_split_only_where_allowed() -> None:
+    """Within the innermost context that says so, whoever calls, and nowhere after it."""
+    x, weight = images(2, 32, 8, 8), images(32, 32, 3, 3)
+    plain = ops.convolve(x, weight)
+    with ops.split_float32():
+        with ops.split_float32(False):
+            assert torch.equal(ops.convolve(x, weight), plain)
+        split = ops.convolve(x, weight)
+    assert torch.equal(ops.convolve(x, weight), plain)
+    assert torch.equal(split, plain) != HAS_REGISTERS
+    with pytest.raises(KeyError), ops.split_float32():
+        raise KeyError
+    assert torch.equal(ops.convolve(x, weight), plain)
 
 
 def test_a_vector_jacobian_product_has_no_weight_gradient(used: list[str]) -> None:

@@ -105,7 +105,7 @@ def test_one_call_is_the_layers(structure: int, float64_too: None) -> None:
         assert distance(*results) < 1e-10, net.config
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "split float32"])
+@pytest.mark.parametrize("precision", ["float32", "split float32", "bfloat16"])
 def test_rounds_no_worse_than_the_layers(precision: str) -> None:
     """Errors against float64 in the precisions that networks run in, in the mean of four draws of weights."""
     errors = {True: 0.0, False: 0.0}
@@ -115,7 +115,7 @@ def test_rounds_no_worse_than_the_layers(precision: str) -> None:
         for as_one_call in errors:
             with (
                 path(as_one_call) as could,
-                ops.split_float32(),
+                ops.split_float32(precision == "split float32"),
                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
             ):
                 found = everything(net, 1, torch.float32)

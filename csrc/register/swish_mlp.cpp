@@ -47,7 +47,7 @@ struct Shape {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& tangents,
-                                                   const Tensor& parameters, std::vector<int64_t> widths, bool split) {
+                                                   const Tensor& parameters, std::vector<int64_t> widths) {
   const Shape s("swish_mlp", x, tangents, parameters, widths);
   Tensor y = host::new_empty({s.rows, s.out}, x.scalar_type());
   Tensor y_tangents = host::new_empty({s.probes, s.rows, s.out}, x.scalar_type());
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
   for_type(x.scalar_type(), "swish_mlp", [&]<typename T>() {
     using A = acc_t<T>;
     QCSBM_RUN(swish_mlp, (T), widths.data(), s.hidden, in<T>(x), in<T>(tangents), in<A>(parameters), out<T>(y),
-              out<T>(y_tangents), out<A>(pre), out<A>(pre_tangents), s.rows, s.probes, split);
+              out<T>(y_tangents), out<A>(pre), out<A>(pre_tangents), s.rows, s.probes, split_allowed);
   });
   return {y, y_tangents, pre, pre_tangents};
 }
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const std::o
 std::tuple<Tensor, Tensor, Tensor> vjp(const Tensor& g, const std::optional<Tensor>& g_tangents, const Tensor& x,
                                        const std::optional<Tensor>& tangents, const Tensor& pre,
                                        const Tensor& pre_tangents, const Tensor& parameters,
-                                       std::vector<int64_t> widths, bool inputs, bool weights, bool split) {
+                                       std::vector<int64_t> widths, bool inputs, bool weights) {
   const Shape s("swish_mlp_vjp", x, tangents, parameters, widths);
   const int64_t probes = g_tangents ? s.probes : 0;  // without cotangents the tangents have no part in it
   s.check_batch(g, x, s.out, 1, "swish_mlp_vjp", "g");
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> vjp(const Tensor& g, const std::optional<Tens
     using A = acc_t<T>;
     QCSBM_RUN(swish_mlp_vjp, (T), widths.data(), s.hidden, in<T>(g), in<T>(g_tangents), in<T>(x), in<T>(tangents),
               in<A>(pre), in<A>(pre_tangents), in<A>(parameters), inputs ? out<T>(gx) : nullptr, out<T>(gtangents),
-              weights ? out<A>(gparameters) : nullptr, s.rows, probes, split);
+              weights ? out<A>(gparameters) : nullptr, s.rows, probes, split_allowed);
   });
   return {gx, gtangents, gparameters};
 }

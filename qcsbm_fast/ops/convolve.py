@@ -1,4 +1,4 @@
-"""Convolution of images on CPUs with AVX-512, by their matrix registers (AMX) where they have some.
+"""Convolution of images on CPUs with AVX-512, of bfloat16 by their matrix registers (AMX) where they have some.
 
 With `W` of 3 x 3 taps and zeros around the image, which keep its size, or of one,
 
@@ -6,8 +6,8 @@ With `W` of 3 x 3 taps and zeros around the image, which keep its size, or of on
 
 its tangents, its adjoint (`transposed`) and the gradient by `W`, to which images and tangents add in one pass.
 
-By matrix registers products are of bfloat16, and float32 values are split in two of these, see `split`. Elsewhere
-they are of float32, by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016): measured errors are some 1e-6 of the result's
+By matrix registers products are of bfloat16, also those of float32 where these may be split, see `split`. All others
+are of float32, by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016): measured errors are some 1e-6 of the result's
 norm, twice those of the sum itself; of weight gradients over many pixels 2e-6. Sums are float32, weights and their
 gradients float32 whatever the dtype of the images. Deterministic.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from . import backend, split
+from . import backend
 from .check import any_layout, coefficients, describe, fail, image_tangents
 from .layout import to_channels_last
 from .registry import Op, accumulate_dtype, gradient_wanted
@@ -145,19 +145,12 @@ _HAS_KERNELS = backend.has_kernel("convolve", "cpu")
 
 
 def has_image_kernels(x: Tensor) -> bool:
-    """Whether the CPU kernels of convolutions and of what holds some take these images, in the precision allowed."""
-    return (
-        _HAS_KERNELS
-        and (
-            x.dtype == torch.bfloat16
-            or (x.dtype == torch.float32 and (split.allowed or not split.HAS_REGISTERS))
-        )
-        and x.device.type == "cpu"
-    )
+    """Whether the CPU kernels of convolutions and of what holds some take these images."""
+    return _HAS_KERNELS and x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu"
 
 
 def has_convolution(x: Tensor, weight: Tensor) -> bool:
-    """Whether `convolve` has a kernel for these images, in the precision allowed, and for this weight."""
+    """Whether `convolve` has a kernel for these images and this weight."""
     return (
         has_image_kernels(x)
         and weight.dtype == torch.float32

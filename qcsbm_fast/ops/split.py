@@ -11,22 +11,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-from . import backend
+import torch
 
-# Whether float32 convolutions would be split; their kernels for other processors, with AVX-512, take float32 as it is.
+from . import backend
+from .registry import LIBRARY
+
+# Whether products of float32 would be split.
 HAS_REGISTERS = backend.WHY_NOT_NATIVE is None and import_module("qcsbm_fast._host").active_isa() == "amx"
-allowed = False
+LIBRARY.define("allow_split(bool allow) -> bool")
 
 
 @contextmanager
 def split_float32(allow: bool = True) -> Iterator[None]:
-    """Within it, float32 convolutions and `swish_mlp` on such a CPU take products in three.
+    """Whatever runs within it, `backward` too, in whatever thread: on such a CPU float32 convolutions, the blocks that
+    hold some, and `swish_mlp` take products in three.
 
     Off elsewhere: a library has no business to round behind its user's back. The command line runs within it.
     """
-    global allowed
-    before, allowed = allowed, allow
+    if not HAS_REGISTERS:
+        yield
+        return
+    before = torch.ops.qcsbm.allow_split(allow)
     try:
         yield
     finally:
-        allowed = before
+        torch.ops.qcsbm.allow_split(before)

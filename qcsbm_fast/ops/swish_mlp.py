@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import split
 from .bias_act import jet
 from .check import coefficients, fail, floating, like
 from .registry import Op, accumulate_dtype, gradient_wanted
@@ -56,7 +55,7 @@ def _streams(x: Tensor, tangents: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _reference(
-    x: Tensor, tangents: Tensor | None, parameters: Tensor, widths: Sequence[int], split: bool
+    x: Tensor, tangents: Tensor | None, parameters: Tensor, widths: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, q, head = _unpack(parameters, widths)
     h, hdot = _streams(x, tangents)
@@ -88,7 +87,6 @@ def _reference_vjp(
     widths: Sequence[int],
     inputs: bool,
     weights: bool,
-    split: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, q, head = _unpack(parameters, widths)
     probes = 0 if g_tangents is None else pre_tangents.shape[0]
@@ -125,19 +123,19 @@ def _reference_vjp(
 
 
 _op = Op(
-    "swish_mlp(Tensor x, Tensor? tangents, Tensor parameters, int[] widths, bool split) -> "
+    "swish_mlp(Tensor x, Tensor? tangents, Tensor parameters, int[] widths) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     _reference,
 )
 _vjp = Op(
     "swish_mlp_vjp(Tensor g, Tensor? g_tangents, Tensor x, Tensor? tangents, Tensor pre, Tensor pre_tangents, "
-    "Tensor parameters, int[] widths, bool inputs, bool weights, bool split) -> (Tensor, Tensor, Tensor)",
+    "Tensor parameters, int[] widths, bool inputs, bool weights) -> (Tensor, Tensor, Tensor)",
     _reference_vjp,
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, tangents, parameters, ctx.widths, ctx.split = inputs
+    x, tangents, parameters, ctx.widths = inputs
     _, _, pre, pre_tangents = output
     ctx.save_for_backward(x, tangents, pre, pre_tangents, parameters)
     ctx.set_materialize_grads(False)
@@ -149,14 +147,14 @@ def _backward(ctx: Any, g: Tensor | None, g_tangents: Tensor | None, *kept: Tens
     x, tangents, pre, pre_tangents, parameters = ctx.saved_tensors
     gdot = None if tangents is None or g_tangents is None else g_tangents.contiguous()
     if g is None and gdot is None:
-        return (None,) * 5
+        return (None,) * 4
     g = x.new_zeros(x.shape[0], ctx.widths[-1]) if g is None else g.contiguous()
     *arguments, last = range(2 if tangents is None else 3)
     inputs, weights = gradient_wanted(ctx, *arguments), gradient_wanted(ctx, last)
     kept = (x, tangents, pre, pre_tangents, parameters)
-    gx, gtangents, gparameters = _vjp(g, gdot, *kept, ctx.widths, inputs, weights, ctx.split)
+    gx, gtangents, gparameters = _vjp(g, gdot, *kept, ctx.widths, inputs, weights)
     along = inputs and gdot is not None and ctx.needs_input_grad[1]
-    return gx if inputs else None, gtangents if along else None, gparameters if weights else None, None, None
+    return gx if inputs else None, gtangents if along else None, gparameters if weights else None, None
 
 
 _op.set_backward(_backward, _save)
@@ -189,7 +187,7 @@ def swish_mlp(x: Tensor, parameters: Tensor, widths: Sequence[int]) -> Tensor:
         ValueError: naming the argument, for a wrong shape, dtype or device.
     """
     x, parameters, widths = _checked(x, parameters, widths)
-    return _op(x, None, parameters, widths, split.allowed)[0]
+    return _op(x, None, parameters, widths)[0]
 
 
 def swish_mlp_jvp(
@@ -202,5 +200,5 @@ def swish_mlp_jvp(
     x, parameters, widths = _checked(x, parameters, widths)
     tangents = floating("swish_mlp", "tangents", tangents)
     tangents = like("swish_mlp", "tangents", tangents, x, lead=tangents.shape[:1])
-    y, y_tangents, _, _ = _op(x, tangents, parameters, widths, split.allowed)
+    y, y_tangents, _, _ = _op(x, tangents, parameters, widths)
     return y, y_tangents
