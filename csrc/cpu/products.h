@@ -23,17 +23,18 @@ class Products {
  public:
   struct Registers {};  // that a thread must hold meanwhile: none
 
-  // A right factor: panels of kPanel columns, each (k, kPanel); memory that was zero is zero after the last column.
-  // Value (i, j) stands at w[i * row + j * column].
-  static int64_t packed_size(int64_t k, int64_t n) { return k * blocks_of(n, kPanel) * kPanel; }
+  // A right factor: panels of kPanel columns, each (k, kPanel); memory that was zero is zero after the last column. Of few
+  // columns each one by itself. Value (i, j) stands at w[i * row + j * column].
+  static int64_t packed_size(int64_t k, int64_t n) { return n <= kFew ? k * n : k * blocks_of(n, kPanel) * kPanel; }
   static void pack(const A* w, int64_t k, int64_t n, int64_t row, int64_t column, A* to) {
     for (int64_t j = 0; j < n; ++j)
       for (int64_t i = 0; i < k; ++i)
-        to[(j / kPanel * k + i) * kPanel + j % kPanel] = w[i * row + j * column];
+        to[n <= kFew ? j * k + i : (j / kPanel * k + i) * kPanel + j % kPanel] = w[i * row + j * column];
   }
 
   // to (m, n) = left (m, k) right (k, n), this one packed
   static void multiply(const A* left, int64_t m, int64_t k, const A* right, int64_t n, A* to) {
+    if (n <= kFew) return dots(left, m, k, right, n, to);
     for (int64_t j = 0; j < n; j += kPanel)
       rows<false>(left, row_stride(k), 1, m, k, right + j * k, kPanel, to + j, row_stride(n));
   }
@@ -50,14 +51,32 @@ class Products {
   static void rows(const A* left, int64_t row, int64_t column, int64_t m, int64_t k, const A* right, int64_t next, A* to,
                    int64_t to_next) {
     int64_t i = 0;
-    for (; i + kTileRows <= m; i += kTileRows)
-      tile<Add, kTileRows>(left + i * row, row, column, k, right, next, to + i * to_next, to_next);
-    for (; i < m; ++i) tile<Add, 1>(left + i * row, row, column, k, right, next, to + i * to_next, to_next);
+    const auto run = [&]<int Rows>() {
+      for (; i + Rows <= m; i += Rows)
+        tile<Add, Rows>(left + i * row, row, column, k, right, next, to + i * to_next, to_next);
+    };
+    run.template operator()<kTileRows>();
+    if constexpr (kTileRows > 2) run.template operator()<2>();
+    run.template operator()<1>();
   }
 
  private:
   using V = vec_t<A>;
   static constexpr int64_t kPanel = 2 * kLanes<A>;
+  static constexpr int64_t kFew = 4;  // columns: a panel of them would be mostly zeros
+
+  // Products with few columns, one value after another.
+  static void dots(const A* left, int64_t m, int64_t k, const A* right, int64_t n, A* to) {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        const A *const row = left + i * row_stride(k), *const column = right + j * k;
+        V sum = {};
+        int64_t l = 0;
+        for (; l + kLanes<A> <= k; l += kLanes<A>) sum += load_lanes(row + l) * load_lanes(column + l);
+        if (l < k) sum += load_lanes(row + l, k - l) * load_lanes(column + l, k - l);
+        to[i * row_stride(n) + j] = sum_lanes(sum);
+      }
+  }
 
   // Rows x kPanel results over k products.
   template <bool Add, int Rows>

@@ -89,6 +89,9 @@ QCSBM_INLINE void store_lanes(T* p, vec_t<T> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = store<T>(v[i]);
 }
 
+#ifdef __AVX512F__
+QCSBM_INLINE float sum_lanes(FloatVector v) { return _mm512_reduce_add_ps((__m512)v); }
+#endif
 template <typename V>
 QCSBM_INLINE auto sum_lanes(V v) {
   auto total = v[0];

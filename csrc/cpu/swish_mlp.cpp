@@ -5,6 +5,7 @@
 // A block of rows goes through all layers at once: what it makes stays in the second-level cache, where layer by layer
 // every activation would leave and come back. The pre-activations u are kept for the adjoint, which makes the rest anew.
 #include <type_traits>
+#include <utility>
 
 #include "../math/activation.h"
 #include "products.h"
@@ -129,18 +130,36 @@ QCSBM_INLINE void for_lanes(int64_t width, F&& f) {
   if (j < width) f(j, width - j);
 }
 
-// From the pre-activations of hidden layer l what the next is given, values and tangents. In the last layer p and then q.
+// Memory that is not read again soon: past the caches, which would read it first.
+QCSBM_INLINE void store_past(float* p, FloatVector v, int64_t n) {
+#ifdef __AVX512F__
+  if (n == kLanes<float> && reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store_lanes(p, v, n);
+}
+QCSBM_INLINE void store_past(double* p, DoubleVector v, int64_t n) { store_lanes(p, v, n); }
+// Before another thread reads it.
+QCSBM_INLINE void finish_stores() {
+#ifdef __AVX512F__
+  _mm_sfence();
+#endif
+}
+
+// From the products of hidden layer l in `block` what the next is given, values and tangents, in their place; keeps the
+// pre-activations. In the last layer p and then q.
 template <typename A>
-void activate_rows(const Network& net, const A* parameters, int64_t l, const Span& span, const A* pre,
-                   const A* pre_tangents, A* block, A* slope) {
+void activate_rows(const Network& net, const A* parameters, int64_t l, const Span& span, A* block, A* pre,
+                   A* pre_tangents, A* slope) {
   const int64_t width = net.out(l), columns = net.columns(net.hidden), first = net.columns(l);
-  const A* const p = parameters + net.slope(l);
+  const A *const b = parameters + net.bias(l), *const p = parameters + net.slope(l);
   const A* const q = l + 1 == net.hidden ? parameters + net.join() : nullptr;
   for (int64_t i = 0; i < span.count; ++i) {
     A* const row = block + i * row_stride(width);
-    const A* const u = span.at(pre, pre_tangents, columns, 0, i) + first;
+    A* const kept = span.at(pre, pre_tangents, columns, 0, i) + first;
     for_lanes<A>(width, [&](int64_t j, int64_t n) QCSBM_LAMBDA {
-      auto jet = swish(load_lanes(u + j, n), load_lanes(p + j, n));
+      const auto u = load_lanes(row + j, n) + load_lanes(b + j, n);
+      store_past(kept + j, u, n);
+      auto jet = swish(u, load_lanes(p + j, n));
       if (q) {
         const auto outer = swish(jet.value, load_lanes(q + j, n));
         jet.value = outer.value;
@@ -150,10 +169,13 @@ void activate_rows(const Network& net, const A* parameters, int64_t l, const Spa
       store_lanes(slope + j, jet.dx, n);
     });
     for (int64_t s = 1; s <= span.probes; ++s) {
-      const A* const udot = span.at(pre, pre_tangents, columns, s, i) + first;
-      A* const to = row + s * span.count * row_stride(width);
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) to[j] = slope[j] * udot[j];
+      A* const moved = row + s * span.count * row_stride(width);
+      A* const kept_tangent = span.at(pre, pre_tangents, columns, s, i) + first;
+      for_lanes<A>(width, [&](int64_t j, int64_t n) QCSBM_LAMBDA {
+        const auto udot = load_lanes(moved + j, n);
+        store_past(kept_tangent + j, udot, n);
+        store_lanes(moved + j, load_lanes(slope + j, n) * udot, n);
+      });
     }
   }
 }
@@ -228,27 +250,22 @@ void forward(const int64_t* widths, int64_t hidden, const T* x, const T* tangent
   const int64_t block = block_rows(rows, probes), columns = net.columns(net.hidden);
 #pragma omp parallel if (rows * (1 + probes) * columns > kGrain)
   {
-    Buffer<A> h(block_size(net, block, probes)), u(block_size(net, block, probes)), slope(net.widest());
+    Buffer<A> first(block_size(net, block, probes)), second(block_size(net, block, probes)), slope(net.widest());
     const typename Product::Registers registers;
 #pragma omp for schedule(dynamic)
     for (int64_t begin = 0; begin < rows; begin += block) {
       const Span span{begin, std::min(block, rows - begin), rows, probes};
-      load_rows(span, x, tangents, net.in(0), h.data());
+      A *h = first.data(), *u = second.data();
+      load_rows(span, x, tangents, net.in(0), h);
       for (int64_t l = 0; l < net.hidden; ++l) {
-        const int64_t width = net.out(l), first = net.columns(l);
-        Product::multiply(h.data(), span.total(), net.in(l), weights.layer(l), width, u.data());
-        for (int64_t s = 0; s <= probes; ++s)
-          for (int64_t i = 0; i < span.count; ++i) {
-            A* const to = span.at(pre, pre_tangents, columns, s, i) + first;
-            const A *const from = u.data() + (s * span.count + i) * row_stride(width), *const b = parameters + net.bias(l);
-#pragma omp simd
-            for (int64_t j = 0; j < width; ++j) to[j] = s ? from[j] : from[j] + b[j];
-          }
-        activate_rows<A>(net, parameters, l, span, pre, pre_tangents, h.data(), slope.data());
+        Product::multiply(h, span.total(), net.in(l), weights.layer(l), net.out(l), u);
+        activate_rows<A>(net, parameters, l, span, u, pre, pre_tangents, slope.data());
+        std::swap(h, u);
       }
       const int64_t last = net.hidden;
-      Product::multiply(h.data(), span.total(), net.in(last), weights.layer(last), net.out(last), u.data());
-      store_rows(span, u.data(), net.out(last), y, y_tangents);
+      Product::multiply(h, span.total(), net.in(last), weights.layer(last), net.out(last), u);
+      store_rows(span, u, net.out(last), y, y_tangents);
+      finish_stores();
     }
   }
 }
