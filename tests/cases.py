@@ -6,6 +6,8 @@ A new op needs one entry in TABLE. `arguments(entry, variant, size, dtype)` give
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -392,3 +394,17 @@ def save_results(path: str) -> None:
                 call = arguments(TABLE[name], variant, TABLE[name].sizes[size], dtype)
                 results[f"{name} {variant} {size} {dtype}"] = outputs(OPS[name](*call))
     torch.save(results, path)
+
+
+def times(name: str) -> tuple[float, float]:
+    """Seconds of an op's kernel and of its reference, in float32 and the bench's size: the best of three calls each."""
+    entry = TABLE[name]
+    call = arguments(entry, [*entry.variants][-1], entry.bench, torch.float32)
+    best = [math.inf, math.inf]
+    with torch.no_grad():
+        for _ in range(3):
+            for i, run in enumerate((OPS[name], OPS[name].reference)):
+                start = time.perf_counter()
+                run(*call)
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best[0], best[1]

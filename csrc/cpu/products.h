@@ -10,12 +10,12 @@ namespace qcsbm::QCSBM_ISA {
 constexpr int64_t row_stride(int64_t width) { return (width + 31) / 32 * 32 + 16; }
 
 // Rows of a tile of results, 2 vectors wide, whose sums the registers hold.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 8;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 6;
 #else
-constexpr int kTileRows = 1;
+constexpr int kTileRows = 4;
 #endif
 
 template <typename A>
@@ -56,7 +56,7 @@ class Products {
         tile<Add, Rows>(left + i * row, row, column, k, right, next, to + i * to_next, to_next);
     };
     run.template operator()<kTileRows>();
-    if constexpr (kTileRows > 2) run.template operator()<2>();
+    run.template operator()<2>();
     run.template operator()<1>();
   }
 

@@ -1,5 +1,5 @@
-// Vectors of 64 bytes, as GCC's and Clang's vector extensions: the compiler splits them where registers are narrower.
-// Accumulators held in them stay in registers, which it does not manage for arrays.
+// Vectors as wide as the processor's registers, as GCC's and Clang's vector extensions. Accumulators held in them stay in
+// registers, which the compiler does not manage for arrays, nor for vectors wider than a register.
 #pragma once
 
 #include "../math/common.h"
@@ -14,11 +14,19 @@
 
 namespace qcsbm::QCSBM_ISA {
 
-typedef float FloatVector __attribute__((vector_size(64)));
-typedef double DoubleVector __attribute__((vector_size(64)));
-typedef int32_t IntVector __attribute__((vector_size(64)));
-typedef uint32_t UintVector __attribute__((vector_size(64)));
-typedef uint16_t HalfwordVector __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t IntVector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UintVector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfwordVector __attribute__((vector_size(kVectorBytes / 2)));
 
 template <typename A>
 struct VectorOf {
@@ -32,7 +40,7 @@ struct VectorOf<double> {
 template <typename T>
 using vec_t = typename VectorOf<acc_t<T>>::type;
 template <typename T>
-constexpr int64_t kLanes = 64 / sizeof(acc_t<T>);
+constexpr int64_t kLanes = kVectorBytes / sizeof(acc_t<T>);
 
 template <typename V>
 QCSBM_INLINE V broadcast(decltype(V{}[0] + 0) value) {
@@ -137,7 +145,7 @@ QCSBM_INLINE FloatVector exponential(FloatVector x) {
 #endif
 }
 QCSBM_INLINE DoubleVector exponential(DoubleVector x) {
-  for (int i = 0; i < 8; ++i) x[i] = exp(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
   return x;
 }
 
