@@ -37,7 +37,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     }
-# For processors with matrix registers: beside all of avx512's. Both have sources of their own and csrc/images.
+# For processors with matrix registers: beside all of avx512's. Images have kernels of their own from avx2 on.
 AMX_FLAGS = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16"]
 # With torch's headers: compiled once for all of csrc/register.
 REGISTER_HEADER = "register.h"
@@ -184,7 +184,8 @@ class NinjaBuild(build_ext):
             ops += [Edge("cxx", source, torch_flags) for source in sources("register/cuda/*.cpp")]
         for isa, flags in instruction_sets.items():
             isa_flags = [*common, *flags, "-fopenmp", f"-DQCSBM_ISA={isa}"]
-            own = [*sources("images/*.cpp"), *sources(f"{isa}/*.cpp")] if isa in ("avx512", "amx") else []
+            images = {"avx2": "vectors", "avx512": "vectors", "amx": "amx"}.get(isa)
+            own = [*sources("images/*.cpp"), *sources(f"{images}/*.cpp")] if images else []
             ops += [Edge("cxx", source, isa_flags, isa) for source in [*sources("cpu/*.cpp"), *own]]
         header = Edge("cxx", folder / REGISTER_HEADER, [*torch_flags, "-x", "c++-header"])
         torch_flags = [*torch_flags, "-include", REGISTER_HEADER]

@@ -87,13 +87,17 @@ inline std::atomic<bool> split_allowed{false};
   namespace qcsbm::avx2 { __VA_ARGS__ }                         \
   namespace qcsbm::avx512 { __VA_ARGS__ }                       \
   QCSBM_AMX_KERNEL(__VA_ARGS__)
-// Those that there are for AVX-512 alone. Matrix registers take bfloat16, and float32 where it may be split.
+// Those that there are from AVX2 on. Matrix registers take bfloat16, and float32 where it may be split.
 #define QCSBM_IMAGE_KERNEL(...)          \
+  namespace qcsbm::avx2 { __VA_ARGS__ }   \
   namespace qcsbm::avx512 { __VA_ARGS__ } \
   QCSBM_AMX_KERNEL(__VA_ARGS__)
 #define QCSBM_RUN_IMAGES(fn, targs, ...)                                \
   QCSBM_BY_REGISTERS(targs, fn<QCSBM_UNWRAP targs>(__VA_ARGS__))        \
-  qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);
+  if (qcsbm::active_isa() >= qcsbm::Isa::avx512)                        \
+    qcsbm::avx512::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);                 \
+  else                                                                  \
+    qcsbm::avx2::fn<QCSBM_UNWRAP targs>(__VA_ARGS__);
 // Calls kernel fn<targs>(...) of the active one; targs in parentheses.
 #define QCSBM_UNWRAP(...) __VA_ARGS__
 #define QCSBM_RUN(fn, targs, ...)                                                               \

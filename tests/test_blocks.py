@@ -102,7 +102,7 @@ def test_adjoint(name: str, probes: int) -> None:
         torch.testing.assert_close(*sums, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.skipif(not backend.has_kernel("res_block", "cpu"), reason="needs a processor with AVX-512")
+@pytest.mark.skipif(not backend.has_kernel("res_block", "cpu"), reason="needs a processor with AVX2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_in_training_is_one_call_each_way(dtype: torch.dtype) -> None:
     """Also under autocast; J^T v computes no gradient of a weight."""

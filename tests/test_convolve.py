@@ -17,7 +17,7 @@ from qcsbm_fast.ops.split import HAS_REGISTERS
 from tape import Tape
 
 pytestmark = pytest.mark.skipif(
-    not backend.has_kernel("convolve", "cpu"), reason="needs a processor with AVX-512"
+    not backend.has_kernel("convolve", "cpu"), reason="needs a processor with AVX2"
 )
 
 # Batch, probes, channels, channels out, height, width: several images a band, several bands an image, ragged channels.
@@ -212,7 +212,7 @@ def test_a_network_in_split_products_is_the_network() -> None:
     assert tape.names.count("qcsbm::res_block") >= 10
     exact = results(net.double(), x.detach().double(), v.double(), sigma.double())
     for ours, theirs, truth in zip(split, plain, exact, strict=True):
-        assert relative_error(theirs, truth) < 1e-5
+        assert relative_error(theirs, truth) < 2e-5
         assert relative_error(ours, truth) < 2e-4  # of bfloat16 it would be 0.06
 
 

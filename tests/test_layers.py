@@ -24,7 +24,7 @@ from qcsbm_fast.nn.res_block import ResBlock
 from qcsbm_fast.ops.layers import HAS_LAYERS
 from test_ncsnpp_options import STRUCTURES, combination, ordinary_network
 
-pytestmark = pytest.mark.skipif(not HAS_LAYERS, reason="needs a processor with AVX-512")
+pytestmark = pytest.mark.skipif(not HAS_LAYERS, reason="needs a processor with AVX2")
 
 fits = NetworkProgram.fits
 

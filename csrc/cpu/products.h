@@ -22,6 +22,7 @@ template <typename A>
 class Products {
  public:
   struct Registers {};  // that a thread must hold meanwhile: none
+  static constexpr int64_t kPanel = 2 * kLanes<A>;  // columns of a tile of results
 
   // A right factor: panels of kPanel columns, each (k, kPanel); memory that was zero is zero after the last column. Of few
   // columns each one by itself. Value (i, j) stands at w[i * row + j * column].
@@ -62,7 +63,6 @@ class Products {
 
  private:
   using V = vec_t<A>;
-  static constexpr int64_t kPanel = 2 * kLanes<A>;
   static constexpr int64_t kFew = 4;  // columns: a panel of them would be mostly zeros
 
   // Products with few columns, one value after another.

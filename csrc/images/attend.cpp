@@ -5,7 +5,7 @@
 #ifdef __AMX_BF16__
 #include "../amx/matrices.h"
 #else
-#include "../avx512/matrices.h"
+#include "../vectors/matrices.h"
 #endif
 
 namespace qcsbm::QCSBM_ISA {
@@ -21,27 +21,28 @@ template <class F>
 inline __attribute__((always_inline)) void for_lanes(int64_t count, F&& f) {
   for (int64_t j = 0; j < count; j += 16) f(j, lanes_mask(count - j));
 }
-inline __m512 row_at(const float* row, int64_t j) { return _mm512_load_ps(row + j); }
+inline Sixteen row_at(const float* row, int64_t j) { return load16(row + j); }
 
 inline float dot(const float* a, const float* b, int64_t padded) {
-  __m512 sum = {};
+  Sixteen sum = {};
   for (int64_t j = 0; j < padded; j += 16) sum += row_at(a, j) * row_at(b, j);
-  return _mm512_reduce_add_ps(sum);
+  return sum16(sum);
 }
 
 // The softmax of a row of `count` values in place, zeros after it.
 inline void softmax_row(float* row, int64_t count, int64_t padded) {
-  __m512 most = _mm512_set1_ps(-INFINITY), total = {};
-  for_lanes(count, [&](int64_t j, __mmask16 mask) { most = _mm512_mask_max_ps(most, mask, most, row_at(row, j)); });
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  for_lanes(count, [&](int64_t j, __mmask16 mask) {
-    const __m512 e = _mm512_maskz_mov_ps(mask, (__m512)exponential((FloatVector)(row_at(row, j) - top)));
+  std::fill(row + count, row + round_up(count, 16), -INFINITY);
+  Sixteen most = row_at(row, 0), total = {};
+  for (int64_t j = 16; j < count; j += 16) most = larger(most, row_at(row, j));
+  const Sixteen top = broadcast16(max16(most));
+  for_lanes(count, [&](int64_t j, Mask mask) {
+    const Sixteen e = keep(mask, exponential16(row_at(row, j) - top));
     total += e;
-    _mm512_store_ps(row + j, e);
+    store16(row + j, e);
   });
-  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+  const Sixteen share = broadcast16(1 / sum16(total));
   for (int64_t j = 0; j < padded; j += 16)
-    _mm512_store_ps(row + j, j < round_up(count, 16) ? row_at(row, j) * share : __m512{});
+    store16(row + j, j < round_up(count, 16) ? row_at(row, j) * share : Sixteen{});
 }
 
 // One sample's query, key and value or their cotangents: rows of 3 C values.
@@ -64,8 +65,8 @@ struct Sample {
   }
   void write(const float* sums, int64_t first, int64_t rows, T* to, int64_t stride) const {
     for (int64_t i = first; i < std::min(first + rows, shape.tokens); ++i)
-      for_lanes(shape.channels, [&](int64_t c, __mmask16 mask) {
-        store_lanes(to + i * stride + c, _mm512_loadu_ps(sums + (i - first) * channels + c), mask);
+      for_lanes(shape.channels, [&](int64_t c, Mask mask) {
+        store_lanes(to + i * stride + c, load16(sums + (i - first) * channels + c), mask);
       });
   }
   // The rows, of `width` values, of a sample's images for k = 0, of its k-th tangents after that.
@@ -133,7 +134,7 @@ void attend(const Attention& shape, const T* qkv, const T* qkv_tangents, T* y, T
           for (int64_t j = 0; j < tokens; j += 16) store_values<T>(p[0].at + (i * tokens + j), row_at(row, j));
           for (int64_t k = 1; k <= probes; ++k) {
             const float* const moved = z[k] + i * tokens;
-            const __m512 mean = _mm512_set1_ps(dot(row, moved, tokens));
+            const Sixteen mean = broadcast16(dot(row, moved, tokens));
             for (int64_t j = 0; j < tokens; j += 16)
               store_values<T>(p[k].at + (i * tokens + j), row_at(row, j) * (row_at(moved, j) - mean));
           }
@@ -204,18 +205,18 @@ void attend_adjoint(const Attention& shape, const T* g, const T* g_tangents, con
           softmax_row(row, shape.tokens, tokens);
           for (int64_t k = 1; k <= probes; ++k) {
             const float *const moved = z[k] + i * tokens, *const gmoved = gp[k] + i * tokens;
-            const __m512 mean = _mm512_set1_ps(dot(row, moved, tokens));
-            const __m512 gmean = _mm512_set1_ps(dot(row, gmoved, tokens));
+            const Sixteen mean = broadcast16(dot(row, moved, tokens));
+            const Sixteen gmean = broadcast16(dot(row, gmoved, tokens));
             for (int64_t j = 0; j < tokens; j += 16) {
-              const __m512 held = row_at(row, j), t = row_at(moved, j), gt = row_at(gmoved, j);
+              const Sixteen held = row_at(row, j), t = row_at(moved, j), gt = row_at(gmoved, j);
               store_values<T>(p[k].at + (i * tokens + j), held * (t - mean));
               store_values<T>(gz[k].at + (i * tokens + j), held * (gt - gmean));
-              _mm512_store_ps(total + j, row_at(total, j) + gt * (t - mean) - t * gmean);
+              store16(total + j, row_at(total, j) + gt * (t - mean) - t * gmean);
             }
           }
-          const __m512 mean = _mm512_set1_ps(dot(row, total, tokens));
+          const Sixteen mean = broadcast16(dot(row, total, tokens));
           for (int64_t j = 0; j < tokens; j += 16) {
-            const __m512 held = row_at(row, j);
+            const Sixteen held = row_at(row, j);
             store_values<T>(p[0].at + (i * tokens + j), held);
             store_values<T>(gz[0].at + (i * tokens + j), held * (row_at(total, j) - mean));
           }

@@ -1,4 +1,4 @@
-// Convolutions for processors with AVX-512, by csrc/amx where these have matrix registers, by csrc/avx512 elsewhere; the
+// Convolutions by vector instructions (csrc/vectors), or by matrix registers (csrc/amx) where isa.h says so; the
 // formulas stand in qcsbm_fast/ops/convolve.py.
 #pragma once
 

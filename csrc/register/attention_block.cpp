@@ -263,7 +263,7 @@ Gradients vjp(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() < Isa::avx512) return;
+  if (active_isa() < Isa::avx2) return;
   m.impl("attention_block", TORCH_BOX(&forward));
   m.impl("attention_block_vjp", TORCH_BOX(&vjp));
 }

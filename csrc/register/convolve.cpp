@@ -1,4 +1,4 @@
-// Kernels of csrc/amx and csrc/avx512; elsewhere nothing is registered and torch's own convolution runs.
+// Kernels of csrc/amx and csrc/vectors, from AVX2 on; elsewhere nothing is registered and torch's own convolution runs.
 #if defined(__x86_64__)
 
 #include "../images/convolve.h"
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> convolve_weight(const Tensor& x, const Tensor& g, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() < Isa::avx512) return;
+  if (active_isa() < Isa::avx2) return;
   m.impl("convolve", TORCH_BOX(&convolve));
   m.impl("convolve_jvp", TORCH_BOX(&convolve_jvp));
   m.impl("convolve_weight", TORCH_BOX(&convolve_weight));

@@ -106,7 +106,7 @@ std::vector<Tensor> forward(const Tensor& x, const Maybe& tangents, const Maybe&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() < Isa::avx512) return;
+  if (active_isa() < Isa::avx2) return;
   m.impl("layers", TORCH_BOX(&forward));
 }
 

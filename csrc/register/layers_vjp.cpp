@@ -255,7 +255,7 @@ std::vector<Tensor> vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() < Isa::avx512) return;
+  if (active_isa() < Isa::avx2) return;
   m.impl("layers_vjp", TORCH_BOX(&vjp));
 }
 

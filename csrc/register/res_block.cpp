@@ -248,7 +248,7 @@ Gradients vjp(const Tensor& g, const Maybe& g_tangents, const Tensor& x, const M
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qcsbm, CPU, m) {
-  if (active_isa() < Isa::avx512) return;
+  if (active_isa() < Isa::avx2) return;
   m.impl("res_block", TORCH_BOX(&forward));
   m.impl("res_block_vjp", TORCH_BOX(&vjp));
 }

@@ -1,4 +1,4 @@
-"""Convolution of images on CPUs with AVX-512, of bfloat16 by their matrix registers (AMX) where they have some.
+"""Convolution of images on CPUs with AVX2 or AVX-512, of bfloat16 by their matrix registers (AMX) where they have some.
 
 With `W` of 3 x 3 taps and zeros around the image, which keep its size, or of one,
 

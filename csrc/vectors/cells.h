@@ -15,7 +15,7 @@
 #include "../images/convolve.h"
 #include "../images/lanes.h"
 
-namespace qcsbm::avx512 {
+namespace qcsbm::QCSBM_ISA {
 
 using images::Convolution;
 
@@ -64,7 +64,7 @@ struct Cells {
     } else {
       f([&](int64_t a, int64_t b) __attribute__((always_inline)) {
         const bool there = row + a >= 0 && row + a < height && col + b >= 0 && col + b < width;
-        return there ? g(first + a * width + b) : __m512{};
+        return there ? g(first + a * width + b) : Sixteen{};
       });
     }
   }
@@ -73,10 +73,10 @@ struct Cells {
 // f on the columns of what load(i, j) returns, (From, From), then on the rows of that; to store(i, j, v), (To, To).
 template <int From, int To, class F, class Load, class Store>
 inline __attribute__((always_inline)) void transform(F&& f, Load&& load, Store&& store) {
-  __m512 rows[To][From];
+  Sixteen rows[To][From];
 #pragma GCC unroll 6
   for (int j = 0; j < From; ++j) {
-    __m512 in[From], out[To];
+    Sixteen in[From], out[To];
 #pragma GCC unroll 6
     for (int i = 0; i < From; ++i) in[i] = load(i, j);
     f(in, out);
@@ -85,7 +85,7 @@ inline __attribute__((always_inline)) void transform(F&& f, Load&& load, Store&&
   }
 #pragma GCC unroll 6
   for (int i = 0; i < To; ++i) {
-    __m512 out[To];
+    Sixteen out[To];
     f(rows[i], out);
 #pragma GCC unroll 6
     for (int j = 0; j < To; ++j) store(i, j, out[j]);
@@ -97,8 +97,8 @@ constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 constexpr float kZeroShare = 1 / (kA2 * kB2), kAShare = 1 / (2 * kA2 * (kA2 - kB2)), kBShare = 1 / (2 * kB2 * (kB2 - kA2));
 
 // The values of a polynomial at 0, +-a, +-b and infinity from its even and odd parts at a and b.
-inline __attribute__((always_inline)) void at_points(__m512 zero, __m512 even_a, __m512 odd_a, __m512 even_b,
-                                                     __m512 odd_b, __m512 infinity, __m512 (&y)[6]) {
+inline __attribute__((always_inline)) void at_points(Sixteen zero, Sixteen even_a, Sixteen odd_a, Sixteen even_b,
+                                                     Sixteen odd_b, Sixteen infinity, Sixteen (&y)[6]) {
   y[0] = zero;
   y[1] = even_a + odd_a;
   y[2] = even_a - odd_a;
@@ -110,15 +110,15 @@ inline __attribute__((always_inline)) void at_points(__m512 zero, __m512 even_a,
 // B^T x; `kSize` pixels, the first `kBefore` before the cell.
 struct FromInputs {
   static constexpr int kSize = 6, kBefore = 1;
-  inline __attribute__((always_inline)) void operator()(const __m512 (&x)[6], __m512 (&y)[6]) const {
+  inline __attribute__((always_inline)) void operator()(const Sixteen (&x)[6], Sixteen (&y)[6]) const {
     at_points(kA2 * kB2 * x[0] + (x[4] - (kA2 + kB2) * x[2]), x[4] - kB2 * x[2], kA * (x[3] - kB2 * x[1]),
               x[4] - kA2 * x[2], kB * (x[3] - kA2 * x[1]), kA2 * kB2 * x[1] + (x[5] - (kA2 + kB2) * x[3]), y);
   }
 };
 // A^T x
 struct ToOutputs {
-  inline __attribute__((always_inline)) void operator()(const __m512 (&x)[6], __m512 (&y)[4]) const {
-    const __m512 even_a = x[1] + x[2], odd_a = x[1] - x[2], even_b = x[3] + x[4], odd_b = x[3] - x[4];
+  inline __attribute__((always_inline)) void operator()(const Sixteen (&x)[6], Sixteen (&y)[4]) const {
+    const Sixteen even_a = x[1] + x[2], odd_a = x[1] - x[2], even_b = x[3] + x[4], odd_b = x[3] - x[4];
     y[0] = x[0] + even_a + even_b;
     y[1] = kA * odd_a + kB * odd_b;
     y[2] = kA2 * even_a + kB2 * even_b;
@@ -128,23 +128,23 @@ struct ToOutputs {
 // A x
 struct FromCotangents {
   static constexpr int kSize = 4, kBefore = 0;
-  inline __attribute__((always_inline)) void operator()(const __m512 (&x)[4], __m512 (&y)[6]) const {
+  inline __attribute__((always_inline)) void operator()(const Sixteen (&x)[4], Sixteen (&y)[6]) const {
     at_points(x[0], x[0] + kA2 * x[2], kA * x[1] + kA * kA2 * x[3], x[0] + kB2 * x[2], kB * x[1] + kB * kB2 * x[3], x[3],
               y);
   }
 };
 // G x
 struct FromWeights {
-  inline __attribute__((always_inline)) void operator()(const __m512 (&x)[3], __m512 (&y)[6]) const {
+  inline __attribute__((always_inline)) void operator()(const Sixteen (&x)[3], Sixteen (&y)[6]) const {
     at_points(kZeroShare * x[0], kAShare * x[0] + kAShare * kA2 * x[2], kAShare * kA * x[1],
               kBShare * x[0] + kBShare * kB2 * x[2], kBShare * kB * x[1], x[2], y);
   }
 };
 // G^T x
 struct ToWeights {
-  inline __attribute__((always_inline)) void operator()(const __m512 (&x)[6], __m512 (&y)[3]) const {
-    const __m512 even_a = kAShare * (x[1] + x[2]), odd_a = kAShare * (x[1] - x[2]);
-    const __m512 even_b = kBShare * (x[3] + x[4]), odd_b = kBShare * (x[3] - x[4]);
+  inline __attribute__((always_inline)) void operator()(const Sixteen (&x)[6], Sixteen (&y)[3]) const {
+    const Sixteen even_a = kAShare * (x[1] + x[2]), odd_a = kAShare * (x[1] - x[2]);
+    const Sixteen even_b = kBShare * (x[3] + x[4]), odd_b = kBShare * (x[3] - x[4]);
     y[0] = kZeroShare * x[0] + (even_a + even_b);
     y[1] = kA * odd_a + kB * odd_b;
     y[2] = kA2 * even_a + (kB2 * even_b + x[5]);
@@ -169,14 +169,14 @@ template <class From, int64_t Taps, class Read>
 inline __attribute__((always_inline)) void make_components(const Cells<Taps>& cells, int64_t first, int64_t count,
                                                            const Components& made, int64_t block, Read&& read) {
   if constexpr (Taps == 1) {
-    for (int64_t i = 0; i < count; ++i) _mm512_store_ps(made.of(block, i), read(first + i));
+    for (int64_t i = 0; i < count; ++i) store16(made.of(block, i), read(first + i));
   } else {
     cells.for_cells(first, count, [&](int64_t i, int64_t image, int64_t row, int64_t col) {
       float* const to = made.of(block, i);
       cells.with_pixels(image, row - From::kBefore, col - From::kBefore, From::kSize, read,
                         [&](auto&& at) __attribute__((always_inline)) {
-                          transform<From::kSize, 6>(From{}, at, [&](int k, int l, __m512 v) __attribute__((always_inline)) {
-                            _mm512_store_ps(to + (6 * k + l) * made.next, v);
+                          transform<From::kSize, 6>(From{}, at, [&](int k, int l, Sixteen v) __attribute__((always_inline)) {
+                            store16(to + (6 * k + l) * made.next, v);
                           });
                         });
     });
@@ -188,7 +188,7 @@ template <int64_t Taps, typename T>
 void read_inputs(const Cells<Taps>& cells, const T* x, int64_t channels, int64_t first, int64_t count,
                  const Components& made) {
   for (int64_t c = 0; c < channels; c += 16) {
-    const __mmask16 mask = lanes_mask(channels - c);
+    const Mask mask = lanes_mask(channels - c);
     make_components<FromInputs>(cells, first, count, made, c / 16, [&](int64_t pixel) __attribute__((always_inline)) {
       return load_lanes(x + pixel * channels + c, mask);
     });
@@ -213,4 +213,4 @@ void for_taps(int64_t taps, F&& run) {
   taps == 9 ? run.template operator()<9>() : run.template operator()<1>();
 }
 
-}  // namespace qcsbm::avx512
+}  // namespace qcsbm::QCSBM_ISA

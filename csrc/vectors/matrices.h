@@ -6,7 +6,7 @@
 #include "../cpu/products.h"
 #include "../images/lanes.h"
 
-namespace qcsbm::avx512 {
+namespace qcsbm::QCSBM_ISA {
 
 struct Registers {};  // that a thread must hold meanwhile: none
 using Values = float*;
@@ -49,8 +49,8 @@ class Workspace {
 };
 
 template <typename T>
-inline void store_values(Values to, __m512 v) {
-  _mm512_store_ps(to, v);
+inline void store_values(Values to, Sixteen v) {
+  store16(to, v);
 }
 
 // `rows` rows of `count` values, `stride` apart, then rows of zeros up to `padded_rows`.
@@ -59,8 +59,8 @@ inline void split_rows(const T* from, int64_t stride, int64_t rows, int64_t coun
                        Values to) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < padded; c += 16) {
-      const __mmask16 mask = c < count ? lanes_mask(count - c) : 0;
-      _mm512_store_ps(to + i * padded + c, load_lanes(from + i * stride + (mask ? c : 0), mask));
+      const int64_t some = std::max<int64_t>(count - c, 0);
+      store16(to + i * padded + c, load_lanes(from + i * stride + (some ? c : 0), lanes_mask(some)));
     }
   memset(to + rows * padded, 0, (padded_rows - rows) * padded * sizeof(float));
 }
@@ -78,10 +78,10 @@ template <typename T>
 Right right_of_transpose(const Matrix& m, Values to) {
   for (int64_t r = 0; r < m.rows; r += 16)
     for (int64_t c = 0; c < m.cols; c += 16) {
-      __m512i v[16];
-      for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_load_si512(m.at + (r + i) * m.cols + c);
+      Sixteen v[16];
+      for (int64_t i = 0; i < 16; ++i) v[i] = load16(m.at + (r + i) * m.cols + c);
       transpose(v);
-      for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + (c + i) * m.rows + r, v[i]);
+      for (int64_t i = 0; i < 16; ++i) store16(to + (c + i) * m.rows + r, v[i]);
     }
   return {to, m.cols, m.rows};
 }
@@ -89,7 +89,7 @@ Right right_of_transpose(const Matrix& m, Values to) {
 // sums (rows, cols) = left right, or += ; rows and cols are multiples of 32.
 template <typename T>
 inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t cols, float* sums, bool add) {
-  for (int64_t n = 0; n < cols; n += 32) {
+  for (int64_t n = 0; n < cols; n += Products<float>::kPanel) {
     const auto run = [&]<bool Add>() {
       Products<float>::rows<Add>(left.at, left.row, left.column, rows, right.rows, right.at + n, right.next, sums + n, cols);
     };
@@ -97,4 +97,4 @@ inline void multiply(const Left& left, const Right& right, int64_t rows, int64_t
   }
 }
 
-}  // namespace qcsbm::avx512
+}  // namespace qcsbm::QCSBM_ISA

@@ -4,29 +4,34 @@
 
 #include "cells.h"
 
-namespace qcsbm::avx512 {
+namespace qcsbm::QCSBM_ISA {
 namespace {
 
 constexpr int64_t kParts = 8;        // of the batch, or fewer, at least 2,
 constexpr int64_t kSums = 300000;    // so that all their sums are about so many
 constexpr int64_t kPartCells = 64;   // and each has so many to sum
 constexpr int64_t kCells = 64;       // handled at once
-constexpr int kRows = 8;             // outputs whose sums with two vectors of inputs the registers hold
+// Outputs whose sums with kCols times 16 inputs the registers hold
+#ifdef __AVX512F__
+constexpr int kRows = 8, kCols = 2;
+#else
+constexpr int kRows = 4, kCols = 1;
+#endif
 
 // Components of the cotangents of channels [from, to), and their sums over the pixels added to `totals`.
 template <int64_t Taps, typename T>
 void read_cotangents(const Cells<Taps>& cells, const T* g, int64_t channels, int64_t from, int64_t to, int64_t first,
                      int64_t count, const Components& made, float* totals) {
   for (int64_t c = from; c < to; c += 16) {
-    const __mmask16 mask = lanes_mask(channels - c);
-    __m512 total = {};
+    const Mask mask = lanes_mask(channels - c);
+    Sixteen total = {};
     const int64_t block = (c - from) / 16;
     make_components<FromCotangents>(cells, first, count, made, block, [&](int64_t pixel) __attribute__((always_inline)) {
-      const __m512 v = load_lanes(g + pixel * channels + c, mask);
+      const Sixteen v = load_lanes(g + pixel * channels + c, mask);
       total += v;
       return v;
     });
-    _mm512_storeu_ps(totals + c, _mm512_loadu_ps(totals + c) + total);
+    store16(totals + c, load16(totals + c) + total);
   }
 }
 
@@ -34,26 +39,26 @@ void read_cotangents(const Cells<Taps>& cells, const T* g, int64_t channels, int
 template <int Rows, int Cols>
 void accumulate(const float* left, const float* right, int64_t right_next, int64_t count, float* sums, int64_t sums_next,
                 bool add) {
-  __m512 total[Rows][Cols];
+  Sixteen total[Rows][Cols];
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < Cols; ++j) total[i][j] = add ? _mm512_load_ps(sums + i * sums_next + 16 * j) : __m512{};
+    for (int j = 0; j < Cols; ++j) total[i][j] = add ? load16(sums + i * sums_next + 16 * j) : Sixteen{};
   for (int64_t k = 0; k < count; ++k, left += 16, right += 16) {
-    __m512 x[Cols];
+    Sixteen x[Cols];
 #pragma GCC unroll 2
-    for (int j = 0; j < Cols; ++j) x[j] = _mm512_load_ps(right + j * right_next);
+    for (int j = 0; j < Cols; ++j) x[j] = load16(right + j * right_next);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
-      const __m512 value = _mm512_set1_ps(left[i]);
+      const Sixteen value = broadcast16(left[i]);
 #pragma GCC unroll 2
-      for (int j = 0; j < Cols; ++j) total[i][j] = _mm512_fmadd_ps(value, x[j], total[i][j]);
+      for (int j = 0; j < Cols; ++j) total[i][j] = multiply_add(value, x[j], total[i][j]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < Cols; ++j) _mm512_store_ps(sums + i * sums_next + 16 * j, total[i][j]);
+    for (int j = 0; j < Cols; ++j) store16(sums + i * sums_next + 16 * j, total[i][j]);
 }
 
 template <int64_t Taps, typename T>
@@ -95,9 +100,9 @@ void run(const Convolution& shape, const T* x, const T* g, const T* tangents, co
           for (int64_t d = from; d < to; d += kRows) {
             const float* const left = cotangents.at + c * cotangents.next + (d - from) / 16 * 16 * kCells + d % 16;
             float* const own = sums + part * part_sums + (c * out + d) * in;
-            for (int64_t k = 0; k < in; k += 32) {
+            for (int64_t k = 0; k < in; k += 16 * kCols) {
               const float* const right = inputs.at + c * inputs.next + k * kCells;
-              k + 16 < in ? accumulate<kRows, 2>(left, right, 16 * kCells, some, own + k, in, block > begin)
+              k + 16 < in ? accumulate<kRows, kCols>(left, right, 16 * kCells, some, own + k, in, block > begin)
                           : accumulate<kRows, 1>(left, right, 16 * kCells, some, own + k, in, block > begin);
             }
           }
@@ -111,16 +116,16 @@ void run(const Convolution& shape, const T* x, const T* g, const T* tangents, co
       for (int64_t k = 0; k < shape.in; k += 16) {
         const auto total = [&](int64_t c) {
           const float* const at = sums + (c * out + d) * in + k;
-          __m512 sum = _mm512_load_ps(at);
-          for (int64_t part = 1; part < parts; ++part) sum += _mm512_load_ps(at + part * part_sums);
+          Sixteen sum = load16(at);
+          for (int64_t part = 1; part < parts; ++part) sum += load16(at + part * part_sums);
           return sum * factor;
         };
-        const auto write = [&](int64_t tap, __m512 v) {
+        const auto write = [&](int64_t tap, Sixteen v) {
           store_lanes(gw + (d * Taps + tap) * shape.in + k, v, lanes_mask(shape.in - k));
         };
         if constexpr (Taps == 9) {
           transform<6, 3>(ToWeights{}, [&](int i, int j) { return total(6 * i + j); },
-                          [&](int i, int j, __m512 v) { write(3 * i + j, v); });
+                          [&](int i, int j, Sixteen v) { write(3 * i + j, v); });
         } else {
           write(0, total(0));
         }
@@ -142,4 +147,4 @@ void convolve_weight(const Convolution& shape, const T* x, const T* g, const T* 
 QCSBM_INSTANTIATE(float)
 QCSBM_INSTANTIATE(bfloat16)
 
-}  // namespace qcsbm::avx512
+}  // namespace qcsbm::QCSBM_ISA
