@@ -279,7 +279,15 @@ void adjoint(const int64_t* widths, int64_t hidden, const T* g, const T* g_tange
   Weights<Product, A> weights(net, parameters, false);
   const int64_t block = block_rows(rows, probes), blocks = blocks_of(rows, block), head = net.hidden;
   const int64_t parts = gparameters ? std::min(blocks, kSumParts) : 1;
-  Buffer<A> sums(parts * net.sums());
+  const int64_t part_sums = net.sums();
+  Buffer<A> sums(gparameters ? parts * part_sums : 0, Fill::none);
+  // The parts' sums, in order.
+  const auto write = [&](int64_t from, int64_t count, A* to) {
+    std::fill(to, to + count, A(0));
+    for (const A* sum = sums.data() + from; sum < sums.data() + parts * part_sums; sum += part_sums)
+#pragma omp simd
+      for (int64_t k = 0; k < count; ++k) to[k] += sum[k];
+  };
 #pragma omp parallel if (rows * (1 + probes) * net.columns(head) > kGrain)
   {
     const int64_t size = block_size(net, block, probes);
@@ -306,28 +314,23 @@ void adjoint(const int64_t* widths, int64_t hidden, const T* g, const T* g_tange
     if (gparameters) {
 #pragma omp for schedule(dynamic)
       for (int64_t part = 0; part < parts; ++part) {
-        A* const sum = sums.data() + part * net.sums();
+        A* const sum = sums.data() + part * part_sums;
+        std::fill(sum, sum + part_sums, A(0));
         for (int64_t index = part * blocks / parts; index < (part + 1) * blocks / parts; ++index)
           adjoin(index, sum, sum + net.sum(head + 1));
+      }
+#pragma omp for schedule(static)
+      for (int64_t begin = 0; begin < net.parameters(); begin += kBlock)
+        write(net.sum(head + 1) + begin, std::min(kBlock, net.parameters() - begin), gparameters + begin);
+      for (int64_t l = 0; l <= head; ++l) {
+#pragma omp for schedule(static) nowait
+        for (int64_t n = 0; n < net.out(l); ++n)
+          write(net.sum(l) + n * row_stride(net.in(l)), net.in(l), gparameters + net.weight(l) + n * net.in(l));
       }
     } else {
 #pragma omp for schedule(dynamic)
       for (int64_t index = 0; index < blocks; ++index) adjoin(index, nullptr, ignored.data());
     }
-  }
-  if (!gparameters) return;
-  const int64_t part_sums = net.sums();
-  const auto write = [&](int64_t from, int64_t count, A* to) {
-    std::fill(to, to + count, A(0));
-    for (const A* sum = sums.data() + from; sum < sums.data() + parts * part_sums; sum += part_sums)
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) to[k] += sum[k];
-  };
-  write(net.sum(head + 1), net.parameters(), gparameters);
-  for (int64_t l = 0; l <= head; ++l) {
-    const int64_t from = net.sum(l), width = net.in(l);
-    A* const to = gparameters + net.weight(l);
-    for (int64_t n = 0; n < net.out(l); ++n) write(from + n * row_stride(width), width, to + n * width);
   }
 }
 
