@@ -92,8 +92,10 @@ QCSBM_INLINE Sixteen operator*(Sixteen a, float b) { return b * a; }
 QCSBM_INLINE Sixteen& operator+=(Sixteen& a, Sixteen b) { return a = a + b; }
 
 QCSBM_INLINE Mask lanes_mask(int64_t n) {
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_epi32(static_cast<int>(std::min<int64_t>(n, 16)));
-  return {n, _mm256_cmpgt_epi32(count, lanes), _mm256_cmpgt_epi32(count, lanes + _mm256_set1_epi32(8))};
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const int count = static_cast<int>(std::min<int64_t>(n, 16));
+  return {n, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes),
+          _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8), lanes)};
 }
 
 QCSBM_INLINE Sixteen load16(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -105,7 +107,9 @@ QCSBM_INLINE Sixteen broadcast16(float value) { return {_mm256_set1_ps(value), _
 QCSBM_INLINE Sixteen multiply_add(Sixteen a, Sixteen b, Sixteen c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-QCSBM_INLINE Sixteen larger(Sixteen a, Sixteen b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+QCSBM_INLINE Sixteen larger(Sixteen a, Sixteen b) {
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
 QCSBM_INLINE float sum16(Sixteen v) { return sum_lanes((FloatVector)(v.low + v.high)); }
 QCSBM_INLINE float max16(Sixteen v) {
   const FloatVector both = (FloatVector)_mm256_max_ps(v.low, v.high);
