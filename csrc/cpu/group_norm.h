@@ -97,6 +97,8 @@ struct Task {
     return statistics + ((probe * im.batch + sample) * im.groups + first / im.width()) * 2;
   }
 
+  // Asks for what the next block of pixels reads where this one reads `p`: it comes from memory while this one is computed.
+  QCSBM_INLINE void fetch_next(const T* p) const { __builtin_prefetch(p + kRows * im.channels, 0, 2); }
   // Calls f(c, lanes) for each vector of channels; for the full ones with a constant.
   template <class F>
   QCSBM_INLINE void for_vectors(F&& f) const {

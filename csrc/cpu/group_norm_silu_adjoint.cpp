@@ -60,6 +60,7 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
                 beta_c = load_lanes(task.beta + c), scale = gamma_c * r;
         V n[kRows], slope[kRows], bend[kRows], inner[kRows], slope_sum = {};
         for (int64_t row = 0; row < rows; ++row) {
+          task.fetch_next(xs + (begin + row) * channels + c);
           n[row] = (load_lanes(xs + (begin + row) * channels + c, lanes) + shift) * r;
           const SiluJet<V> f = silu_jet(gamma_c * n[row] + beta_c, silu);
           slope[row] = f.slope;
@@ -73,6 +74,8 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
           V t_sum = {}, w_sum = {}, nw_sum = {};
           for (int64_t row = 0; row < rows; ++row) {
             const int64_t i = (begin + row) * channels + c;
+            task.fetch_next(gts + i);
+            task.fetch_next(ts + i);
             const V gk = load_lanes(gts + i, lanes), t = load_lanes(ts + i, lanes), pt = t - mean - n[row] * n_mean;
             const V w = slope[row] * gk;
             t_sum += t;
@@ -90,7 +93,10 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
         V sum = {}, n_weighted = {}, n_sum = {};
         for (int64_t row = 0; row < rows; ++row) {
           V ga = bend[row] * inner[row];
-          if (gs) ga += slope[row] * load_lanes(gs + (begin + row) * channels + c, lanes);
+          if (gs) {
+            task.fetch_next(gs + (begin + row) * channels + c);
+            ga += slope[row] * load_lanes(gs + (begin + row) * channels + c, lanes);
+          }
           sum += ga;
           n_weighted += ga * n[row];
           n_sum += n[row];
@@ -152,14 +158,20 @@ void group_norm_silu_adjoint(const T* g, const T* gdot, const T* x, const T* tan
             const V w = load_lanes(ws + (begin + row) * step + c, lanes);
             h[row] -= r * (nt_mean * w + nw_mean * load_lanes(ts + i, lanes));
             V result = r * (w - w_mean - n[row] * nw_mean);
-            if (residual) result += residual_scale * load_lanes(added_to_it + i, lanes);
+            if (residual) {
+              task.fetch_next(added_to_it + i);
+              result += residual_scale * load_lanes(added_to_it + i, lanes);
+            }
             store_lanes(to + i, result, lanes);
           }
         }
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t i = (begin + row) * channels + c;
           V result = r * h[row];
-          if (residual) result += residual_scale * load_lanes(added + i, lanes);
+          if (residual) {
+            task.fetch_next(added + i);
+            result += residual_scale * load_lanes(added + i, lanes);
+          }
           store_lanes(out + i, result, lanes);
         }
       });
