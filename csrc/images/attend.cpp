@@ -2,6 +2,8 @@
 // are made again in the adjoint and never leave the second-level cache.
 #include "attend.h"
 
+#include <cmath>
+
 #ifdef __AMX_BF16__
 #include "../amx/matrices.h"
 #else

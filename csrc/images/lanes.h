@@ -1,8 +1,6 @@
 // Vectors of 16 values, of which some may be left out, and their transposition: one register of AVX-512 or two of AVX2.
 #pragma once
 
-#include <cmath>
-
 #include "../cpu/simd.h"
 
 namespace qcsbm::QCSBM_ISA {

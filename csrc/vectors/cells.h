@@ -195,6 +195,34 @@ void read_inputs(const Cells<Taps>& cells, const T* x, int64_t channels, int64_t
   }
 }
 
+// Sums of Rows x 16 * Cols products, in registers. `row` and `column` are how far it is to the next row and to the next
+// 16 columns.
+template <int Rows, int Cols>
+using Tile = Sixteen[Rows][Cols];
+
+// Adds the products of Rows values and 16 * Cols ones.
+template <int Rows, int Cols>
+inline __attribute__((always_inline)) void add_products(Tile<Rows, Cols>& total, const float* left, int64_t row,
+                                                        const float* right, int64_t column) {
+  Sixteen values[Cols];
+#pragma GCC unroll 2
+  for (int j = 0; j < Cols; ++j) values[j] = load16(right + j * column);
+#pragma GCC unroll 14
+  for (int i = 0; i < Rows; ++i) {
+    const Sixteen value = broadcast16(left[i * row]);
+#pragma GCC unroll 2
+    for (int j = 0; j < Cols; ++j) total[i][j] = multiply_add(value, values[j], total[i][j]);
+  }
+}
+template <int Rows, int Cols>
+inline __attribute__((always_inline)) void store_tile(const Tile<Rows, Cols>& total, float* to, int64_t row,
+                                                      int64_t column) {
+#pragma GCC unroll 14
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < Cols; ++j) store16(to + i * row + j * column, total[i][j]);
+}
+
 // Calls f<Rows>(first) for `count` rows in groups of at most Most, of nearly one size.
 template <int Most, class F>
 inline __attribute__((always_inline)) void for_groups(int64_t count, F&& f) {

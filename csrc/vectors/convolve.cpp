@@ -81,25 +81,12 @@ struct Weights {
 // Sums of Rows cells and 16 * Cols outputs over `in` channels: (Cols, cells, 16) at `sums`, as Components has them.
 template <int Rows, int Cols>
 void product(const float* left, int64_t left_next, const float* right, int64_t in, float* sums, int64_t sums_next) {
-  Sixteen total[Rows][Cols] = {};
+  Tile<Rows, Cols> total = {};
   for (int64_t c = 0; c < in; c += 16, left += left_next) {
     const int64_t count = std::min<int64_t>(16, in - c);
-    for (int64_t k = 0; k < count; ++k, right += 16 * Cols) {
-      Sixteen w[Cols];
-#pragma GCC unroll 2
-      for (int j = 0; j < Cols; ++j) w[j] = load16(right + 16 * j);
-#pragma GCC unroll 14
-      for (int i = 0; i < Rows; ++i) {
-        const Sixteen value = broadcast16(left[16 * i + k]);
-#pragma GCC unroll 2
-        for (int j = 0; j < Cols; ++j) total[i][j] = multiply_add(value, w[j], total[i][j]);
-      }
-    }
+    for (int64_t k = 0; k < count; ++k, right += 16 * Cols) add_products<Rows, Cols>(total, left + k, 16, right, 16);
   }
-#pragma GCC unroll 14
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < Cols; ++j) store16(sums + j * sums_next + 16 * i, total[i][j]);
+  store_tile<Rows, Cols>(total, sums, 16, sums_next);
 }
 
 // The outputs of 16 channels, `valid` of them there, from the components in `sums`.

@@ -39,26 +39,14 @@ void read_cotangents(const Cells<Taps>& cells, const T* g, int64_t channels, int
 template <int Rows, int Cols>
 void accumulate(const float* left, const float* right, int64_t right_next, int64_t count, float* sums, int64_t sums_next,
                 bool add) {
-  Sixteen total[Rows][Cols];
+  Tile<Rows, Cols> total;
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < Cols; ++j) total[i][j] = add ? load16(sums + i * sums_next + 16 * j) : Sixteen{};
-  for (int64_t k = 0; k < count; ++k, left += 16, right += 16) {
-    Sixteen x[Cols];
-#pragma GCC unroll 2
-    for (int j = 0; j < Cols; ++j) x[j] = load16(right + j * right_next);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      const Sixteen value = broadcast16(left[i]);
-#pragma GCC unroll 2
-      for (int j = 0; j < Cols; ++j) total[i][j] = multiply_add(value, x[j], total[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < Cols; ++j) store16(sums + i * sums_next + 16 * j, total[i][j]);
+  for (int64_t k = 0; k < count; ++k, left += 16, right += 16)
+    add_products<Rows, Cols>(total, left, 1, right, right_next);
+  store_tile<Rows, Cols>(total, sums, sums_next, 16);
 }
 
 template <int64_t Taps, typename T>
